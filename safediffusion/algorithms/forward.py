@@ -1,0 +1,78 @@
+"""Forward-process RL: advantage-weighted matching on the model's own clean samples.
+
+DiffusionNFT (arXiv 2509.16117) and AWM (arXiv 2509.25050) for any prediction type; method.md section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from safediffusion.algorithms.update import Learner, advantages, class_weights
+from safediffusion.config import settings
+from safediffusion.rollout import Rollout, chunks, roll_out
+from safediffusion.types import Prompt
+
+
+@settings
+class Forward:
+    """Needs no log-probabilities: any sampler paints, only clean latents are kept."""
+
+    kind: Literal["forward"] = "forward"
+    prompts: int = 16  # per iteration
+    group: int = 8  # pictures per prompt
+    times: int = 4  # noise levels per picture; gradient noise falls with it, cost rises
+    time_range: tuple[float, float] = (0.02, 0.9)  # of the schedule; outside it epsilon carries no layout, or only noise
+    floor: float = 0.02  # added to the group's std: keeps small differences small
+    clip: float = 2.5  # of the advantage
+    least_spread: float = 1e-4  # groups below it are dead
+    benign_kl: float = 0.5  # pull to the base on benign prompts, in squared epsilon error
+    unsafe_kl: float = 0.1  # the same on unsafe prompts; large values keep the danger
+    anchor_guidance: float = 1.0  # guidance of the base the policy is pulled to; above 1 distils guidance into the branch
+
+    def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
+        rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, learner.guidance, generator, batch=learner.batch)
+        gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread)
+        sampled = len(rolled) * len(learner.process.times) * (1 if learner.guidance == 1 else 2)
+        learner.forwards += sampled
+        metrics = {f"reward/{name}": float(part.mean()) for name, part in rolled.scores.parts.items()}
+        metrics |= {"reward/total": float(rolled.scores.total.mean()), "dead_groups": gain.dead_share}
+        alive = gain.members(self.group)
+        if len(alive) == 0:
+            return metrics | {"grad_norm": 0.0, "kl": 0.0, "loss": 0.0}
+        totals = torch.zeros(2)
+        metrics["grad_norm"] = learner.descend(self._losses(learner, rolled[alive], gain.value[alive.to(gain.value.device)], generator, totals))
+        return metrics | {"loss": float(totals[0]), "kl": float(totals[1])}
+
+    def _losses(self, learner: Learner, rolled: Rollout, gain: Tensor, generator: torch.Generator, totals: Tensor) -> Iterator[Tensor]:
+        policy, process = learner.policy, learner.process
+        clean, device = rolled.walk.clean, rolled.walk.clean.device
+        groups = len(rolled) // self.group
+        unsafe = torch.tensor([prompt.unsafe for prompt in rolled.prompts], device=device)
+        pull = class_weights(unsafe, self.benign_kl, self.unsafe_kl)
+        for turn in range(self.times):
+            # All members of a group share time and noise, so their common error cancels in the centred sum.
+            time = self._times(groups, turn, generator).repeat_interleave(self.group).to(device)
+            noise = torch.randn((groups, *clean.shape[1:]), generator=generator).repeat_interleave(self.group, 0).to(device)
+            x, target = process.noised(clean, noise, time)
+            for part in chunks(len(rolled), learner.batch):
+                output = policy.predict(x[part], time[part], rolled.condition[part])
+                with torch.no_grad(), policy.reference():
+                    anchor = policy.predict(x[part], time[part], rolled.condition[part], self.anchor_guidance)
+                said, wanted, base = (process.to_epsilon(o, x[part], time[part]).flatten(1) for o in (output, target, anchor))
+                # One update per rollout: pred_old = pred.detach(), so A * 2 <e, d> has the gradient of A * |pred - target|^2.
+                match = 2 * (gain[part] * ((said.detach() - wanted) * (said - said.detach())).mean(1)).sum()
+                kl = (said - base).square().mean(1)
+                share = 1 / (len(rolled) * self.times)
+                learner.forwards += len(output) * (3 + (1 if self.anchor_guidance == 1 else 2))
+                totals += torch.stack([match.detach().cpu(), kl.detach().sum().cpu()]) * share
+                yield (match + (pull[part] * kl).sum()) * share
+
+    def _times(self, groups: int, turn: int, generator: torch.Generator) -> Tensor:
+        """Stratified: turn i of n draws from the i-th n-th of the range, (groups,) long."""
+        low, high = self.time_range
+        place = (turn + torch.rand(groups, generator=generator)) / self.times
+        return ((low + (high - low) * place) * 1000).long().clamp(1, 999)

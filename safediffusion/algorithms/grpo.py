@@ -1,0 +1,86 @@
+"""GRPO on the denoising MDP: the paper's algorithm (SafeDiffusion-R1, arXiv 2605.18719; Flow-GRPO, arXiv 2505.05470), repaired.
+
+method.md section 4. The defaults are ours; `recipes/paper-sd15.toml` sets the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from safediffusion.algorithms.update import Learner, advantages, class_weights
+from safediffusion.config import settings
+from safediffusion.rollout import Rollout, chunks, roll_out
+from safediffusion.types import Prompt
+
+
+@settings
+class Grpo:
+    """Each denoising step is an action with a Gaussian log-probability; pictures of one prompt compete with each other."""
+
+    kind: Literal["grpo"] = "grpo"
+    prompts: int = 16  # per iteration
+    group: int = 8  # pictures per prompt
+    updates: int = 1  # optimizer steps per rollout, each on whole groups
+    train_guidance: bool = False  # guidance in the trained forward too (paper) or the conditional branch alone
+    drop_last: int = 1  # stochastic steps left out at the end, where log-probability is most sensitive (method.md section 3)
+    normalise_ratio: bool = True  # divide the log-ratio by the sensitivity of its step, so that all steps weigh alike
+    clip_range: float = 1e-4  # of the ratio; per latent dimension, so that it does not depend on the picture's size
+    floor: float = 0.02  # added to the group's std: keeps small differences small
+    clip: float = 2.5  # of the advantage
+    least_spread: float = 1e-4  # groups below it are dead
+    benign_kl: float = 0.5  # weight of KL(policy || base) per dimension on benign prompts
+    unsafe_kl: float = 0.1  # the same on unsafe prompts; large values keep the danger
+
+    def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
+        rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, learner.guidance, generator, True, learner.batch)
+        learner.forwards += len(rolled) * len(learner.process.times) * (1 if learner.guidance == 1 else 2)
+        gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread)
+        metrics = {f"reward/{name}": float(part.mean()) for name, part in rolled.scores.parts.items()}
+        metrics |= {"reward/total": float(rolled.scores.total.mean()), "dead_groups": gain.dead_share}
+        alive = gain.members(self.group).view(-1, self.group)
+        alive = alive[torch.randperm(len(alive), generator=generator)]
+        totals = torch.zeros(5, dtype=torch.float64)
+        norms = []
+        for groups in alive.chunk(self.updates) if len(alive) else ():
+            index = groups.flatten()
+            norms.append(learner.descend(self._losses(learner, rolled[index], gain.value[index.to(gain.value.device)], totals)))
+        count = max(float(totals[4]), 1.0)
+        names = ("loss", "kl", "ratio/distance", "ratio/clipped")
+        metrics |= {name: float(value) / count for name, value in zip(names, totals[:4], strict=True)}
+        return metrics | {"grad_norm": sum(norms) / len(norms) if norms else 0.0}
+
+    def trained_steps(self, learner: Learner) -> tuple[int, ...]:
+        noisy = learner.process.stochastic_steps
+        return noisy[: len(noisy) - self.drop_last]
+
+    def _losses(self, learner: Learner, rolled: Rollout, gain: Tensor, totals: Tensor) -> Iterator[Tensor]:
+        policy, process, steps = learner.policy, learner.process, self.trained_steps(learner)
+        device, guidance = gain.device, learner.guidance if self.train_guidance else 1.0
+        pull = class_weights(torch.tensor([p.unsafe for p in rolled.prompts], device=device), self.benign_kl, self.unsafe_kl)
+        share = 1 / (len(rolled) * len(steps))
+        for step in steps:
+            x, x_next, old = rolled.walk.states[step], rolled.walk.states[step + 1], rolled.walk.log_probs[step]
+            dimensions = x[0].numel()
+            scale = 1 / process.sensitivity(step) if self.normalise_ratio else 1.0
+            for part in chunks(len(rolled), learner.batch):
+                time = torch.full((len(x[part]),), int(process.times[step]), device=device)
+                kernel = process.kernel(policy.predict(x[part], time, rolled.condition[part], guidance), x[part], step)
+                log_prob = kernel.log_prob(x_next[part])
+                # Without guidance in training the sampler is another policy; its ratio starts at 1 by definition.
+                before = old[part] if guidance == learner.guidance else log_prob.detach()
+                ratio = ((log_prob - before) / dimensions * scale).exp()
+                loss = torch.maximum(-gain[part] * ratio, -gain[part] * ratio.clamp(1 - self.clip_range, 1 + self.clip_range))
+                kl = torch.zeros_like(loss)
+                if self.benign_kl or self.unsafe_kl:
+                    with torch.no_grad(), policy.reference():
+                        base = process.kernel(policy.predict(x[part], time, rolled.condition[part], guidance), x[part], step)
+                    kl = kernel.kl(base) / dimensions * scale**2
+                learner.forwards += len(loss) * (3 + (1 if self.benign_kl or self.unsafe_kl else 0)) * (1 if guidance == 1 else 2)
+                distance = (ratio.detach() - 1).abs()
+                measured = torch.stack([loss.detach().sum(), kl.detach().sum(), distance.sum(), (distance > self.clip_range).float().sum()])
+                totals += torch.cat([measured, torch.tensor([len(loss)], device=device)]).double().cpu()
+                yield (loss + pull[part] * kl).sum() * share

@@ -1,0 +1,79 @@
+"""What every algorithm shares: whole groups, centred advantages, one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from safediffusion.types import Policy, Process, Reward
+
+
+@dataclass
+class Learner:
+    """The policy with all that is needed to move it. The only mutable thing an algorithm gets."""
+
+    policy: Policy
+    process: Process
+    reward: Reward
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    parameters: tuple[torch.nn.Parameter, ...]
+    guidance: float = 1.0
+    batch: int = 0  # images per forward; 0 is all at once
+    max_grad_norm: float = 1.0
+    forwards: float = field(default=0.0)  # denoiser forwards of one image so far; a backward counts as two
+
+    def descend(self, losses: Iterable[Tensor]) -> float:
+        """Backward on each loss as it is yielded, then one clipped optimizer step; returns the gradient norm before clipping.
+
+        The losses must sum to the loss of the whole batch. One graph is in memory at a time. Raises FloatingPointError
+        when the gradient is not finite; the parameters are then untouched.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        for loss in losses:
+            self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = float(norm)
+        if not norm < float("inf"):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(f"the gradient norm is {norm}")
+        self.optimizer.step()
+        return norm
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """`value` (B,) with groups of `group`; `alive` (P,) marks groups with enough spread to carry a signal."""
+
+    value: Tensor
+    alive: Tensor
+
+    @property
+    def dead_share(self) -> float:
+        return 1 - float(self.alive.float().mean())
+
+    def members(self, group: int) -> Tensor:
+        """Indices (long, CPU) of the pictures of living groups."""
+        return torch.arange(len(self.value))[self.alive.cpu().repeat_interleave(group)]
+
+
+def advantages(total: Tensor, group: int, floor: float, clip: float, least_spread: float) -> Advantages:
+    """Per-prompt standardised scores `(r - mean) / (std + floor)`, clipped to +-`clip` (method.md section 4).
+
+    A group whose scores spread less than `least_spread` is dead: its advantages are zero and it should not be trained on.
+    """
+    grouped = total.float().view(-1, group)
+    centred = grouped - grouped.mean(1, keepdim=True)
+    spread = centred.square().mean(1, keepdim=True).sqrt()
+    alive = spread[:, 0] > least_spread
+    value = (centred / (spread + floor)).clamp(-clip, clip) * alive[:, None]
+    return Advantages(value.flatten(), alive)
+
+
+def class_weights(unsafe: Tensor, benign_weight: float, unsafe_weight: float) -> Tensor:
+    """A weight per picture by the class of its prompt, `(B,)`."""
+    return torch.where(unsafe, unsafe_weight, benign_weight)

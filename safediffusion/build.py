@@ -1,0 +1,195 @@
+"""The only place where names become objects: a recipe goes in, a run that can be trained comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from safediffusion.algorithms.update import Learner
+from safediffusion.data.anchors import load_anchors
+from safediffusion.data.prompts import prompts_sha256
+from safediffusion.data.sampler import PromptSampler
+from safediffusion.data.screen import screen
+from safediffusion.data.sets import load_set
+from safediffusion.detectors.objects import ObjectDetector
+from safediffusion.encoders.clip import ClipEncoder
+from safediffusion.encoders.hps import load_hps
+from safediffusion.errors import UserError
+from safediffusion.evaluate import pictograms
+from safediffusion.evaluate.statistics import Estimate
+from safediffusion.hub import EMBEDDED, resolve_model, verify
+from safediffusion.policies.latent import LatentPolicy, load_policy
+from safediffusion.process.diffusion import Diffusion
+from safediffusion.recipe import Recipe, check
+from safediffusion.rewards.calibrate import accuracy_rows, calibrate_alpha, measure_direction
+from safediffusion.rewards.callable import CallableReward, CallableSettings, load_callable
+from safediffusion.rewards.direction import Direction, auc, fit_direction
+from safediffusion.rewards.similarity import SimilarityReward, SimilaritySettings
+from safediffusion.rewards.steering import SteeringReward, SteeringSettings
+from safediffusion.train.average import Average
+from safediffusion.train.loop import Run
+from safediffusion.train.optimizer import build_optimizer
+from safediffusion.types import Prompt, Reward
+
+PICTOGRAMS = "pictograms"
+CALIBRATION_PAIRS = 400
+# Below this AUC on held-out prompts a direction does not tell safe from unsafe well enough to train on.
+LEAST_AUC = 0.7
+
+
+def encoder(name: str, device: str | torch.device, part: str = "reward") -> ClipEncoder:
+    """`pictograms` is the embedded CLIP of that part (`reward` or `judge`); a .safetensors file is HPSv2.1; else a CLIPModel."""
+    if name == PICTOGRAMS:
+        return ClipEncoder.load(verify(EMBEDDED, part), device=device)
+    if name.endswith(".safetensors"):
+        return load_hps(Path(name), device=device)
+    return ClipEncoder.load(name, device=device)
+
+
+def judges(device: str | torch.device) -> pictograms.Judges:
+    """The detector and the evaluation CLIP of the embedded world."""
+    verify(EMBEDDED, "judge")
+    detector = ObjectDetector.load(verify(EMBEDDED, "detector") / "model.safetensors").to(device)
+    return pictograms.Judges(detector, encoder(PICTOGRAMS, device, "judge"))
+
+
+def prompts(name: str, unsafe: bool) -> tuple[Prompt, ...]:
+    """The screened prompts of a named set or file; refused ones are counted on stderr and never generated."""
+    if not name:
+        return ()
+    screened = screen(load_set(name, unsafe), unsafe)
+    if screened.refused:
+        warnings.warn(f"{name}: {len(screened.refused)} of {len(screened.refused) + len(screened.kept)} prompts were refused by the prompt screen", stacklevel=2)
+    if not screened.kept:
+        raise UserError(f"{name}: the prompt screen refused all {len(screened.refused)} prompts, so nothing is left to work on")
+    return screened.kept
+
+
+def held_out(options: SteeringSettings) -> tuple[Prompt, ...]:
+    """Labelled prompts of the embedded world that no direction is fitted on; empty for another encoder."""
+    if options.encoder != PICTOGRAMS:
+        return ()
+    return tuple(p for name in pictograms.VALIDATION_SETS.values() for p in load_set(name))
+
+
+def direction(options: SteeringSettings, judge: ClipEncoder, labelled: Sequence[Prompt], measured_on: Sequence[Prompt]) -> tuple[Direction, float, dict]:
+    """Fit, measure and, for alpha = "auto", calibrate. Raises UserError for a direction that does not measure up."""
+    fitted = fit_direction(judge, load_anchors(options.anchors), options.estimator, labelled)
+    rows: list[dict] = []
+    if options.encoder == PICTOGRAMS:
+        from safediffusion.tiny.pairs import render_pairs
+
+        rows = accuracy_rows(judge, fitted, render_pairs(CALIBRATION_PAIRS, seed=0), options.method)
+    if options.alpha == "auto":
+        if not rows:
+            raise UserError('reward.alpha = "auto" needs pairs of pictures; run `safediffusion direction` with --pairs, or give a number such as 0.5')
+        alpha = calibrate_alpha(rows, options.trust_direction)
+    else:
+        alpha = float(options.alpha)
+    safe = [p.text for p in measured_on if not p.unsafe]
+    unsafe = [p.text for p in measured_on if p.unsafe]
+    if not safe or not unsafe:
+        return fitted, alpha, {}
+    measures = measure_direction(judge, fitted, measured_on, name=options.anchors, alpha=alpha, rows=rows)
+    if measures["auc"] < LEAST_AUC and not options.trust_direction:
+        raise UserError(
+            f"the direction '{options.anchors}' does not separate safe from unsafe prompts: AUC {measures['auc']:.2f} on "
+            f"{len(safe) + len(unsafe)} held-out prompts, {LEAST_AUC} needed; choose other anchors or estimator, or set reward.trust_direction = true"
+        )
+    return fitted, alpha, measures
+
+
+def reward(recipe: Recipe, device: str | torch.device, safe: Sequence[Prompt], unsafe: Sequence[Prompt]) -> tuple[Reward, dict]:
+    """The reward, and for a steering reward what `direction.json` holds."""
+    options = recipe.reward
+    if isinstance(options, CallableSettings):
+        return CallableReward(load_callable(options.function), options.function, options.differentiable), {}
+    judge = encoder(options.encoder, device)
+    if isinstance(options, SimilaritySettings):
+        return SimilarityReward(judge), {}
+    # For a real encoder the training prompts themselves are the held-out ones: the direction is fitted on anchors alone.
+    measured_on = held_out(options) or ((*safe, *unsafe) if options.estimator != "lda" and options.method != "gated" else ())
+    fitted, alpha, measures = direction(options, judge, (*safe, *unsafe) if measured_on == held_out(options) or not measured_on else (), measured_on)
+    return SteeringReward(judge, fitted, alpha, options.method, options.steer), measures
+
+
+def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
+    """Build all of a recipe. The second value is what `direction.json` holds."""
+    check(recipe)
+    device = accelerator.device
+    policy = load_policy(resolve_model(recipe.model, recipe.revision), recipe.policy, device)
+    safe, unsafe = prompts(recipe.data.safe, False), prompts(recipe.data.unsafe, True)
+    sampler = PromptSampler(safe, unsafe, recipe.data.unsafe_share, recipe.algorithm.prompts, recipe.seed)
+    scored, measures = reward(recipe, device, safe, unsafe)
+    optimizer = build_optimizer(policy.parameters(), recipe.optimizer)
+    policy.network, optimizer = accelerator.prepare(policy.network, optimizer)
+    learner = Learner(
+        policy=policy,
+        process=Diffusion.from_scheduler(policy.scheduler_config, recipe.process.steps, recipe.process.eta),
+        reward=scored,
+        optimizer=optimizer,
+        accelerator=accelerator,
+        parameters=tuple(policy.parameters()),
+        guidance=recipe.process.guidance,
+        batch=recipe.optimizer.batch,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+    )
+    return Run(
+        learner=learner,
+        algorithm=recipe.algorithm,
+        prompts=sampler.at,
+        average=Average(policy.parameters(), recipe.optimizer.ema),
+        measure=_pictograms_probe(recipe, policy) if recipe.probe.every and recipe.model == PICTOGRAMS else None,
+        probe=recipe.probe,
+        steps=recipe.steps,
+        seed=recipe.seed,
+        checkpoint_every=recipe.log.checkpoint_every,
+        keep_last=recipe.log.keep_last,
+    ), measures
+
+
+def _pictograms_probe(recipe: Recipe, policy: LatentPolicy) -> Callable[[], tuple[dict[str, Estimate], dict[str, Estimate]]]:
+    """Measures the policy as it stands on validation prompts, against the base on the same seeds."""
+    options, grading = recipe.probe, judges(policy.device)
+    process = pictograms.sampler(policy)
+    sets = {group: load_set(name)[: options.prompts] for group, name in pictograms.VALIDATION_SETS.items()}
+
+    def painted() -> pictograms.Painted:
+        images = {
+            group: pictograms.paint(policy, process, chosen, options.samples, pictograms.GUIDANCE, options.seed) for group, chosen in sets.items()
+        }
+        return pictograms.Painted(sets, images, options.samples)
+
+    base: list[tuple[pictograms.Painted, pictograms.Marks]] = []
+
+    def measure() -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+        if not base:
+            with policy.reference():
+                first = painted()
+            base.append((first, pictograms.mark(first, grading)))
+        pictures, marks = base[0]
+        now = pictograms.mark(painted(), grading, pictures)
+        return pictograms.estimates(now), pictograms.changes(marks, now)
+
+    return measure
+
+
+def identity(recipe: Recipe) -> dict:
+    """What must be equal for two commands to be the same run."""
+    return dataclasses.asdict(recipe) | {
+        "prompts": {name: prompts_sha256(load_set(name)) for name in (recipe.data.safe, recipe.data.unsafe) if name}
+    }
+
+
+def trackers(recipe: Recipe) -> list[str]:
+    """The trackers asked for. Raises UserError when their package is missing."""
+    for name in recipe.log.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"log.trackers names {name}, which is not installed; run: pip install {name}")
+    return list(recipe.log.trackers)

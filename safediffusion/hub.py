@@ -1,0 +1,128 @@
+"""Where a model lives: a local folder, the model embedded in this package, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safediffusion.errors import UserError
+from safediffusion.weights import sha256
+
+EMBEDDED = Path(str(resources.files("safediffusion"))) / "tiny" / "weights"
+
+# Only subfolders: at the top of many repositories lie single-file checkpoints of several GB that nobody here reads.
+_WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+_UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*"]
+_WEIGHT_FOLDERS = ("text_encoder", "unet", "vae")
+
+
+def resolve_model(name: str, revision: str | None = None) -> Path:
+    """The folder of a diffusers pipeline, given as a local folder, `pictograms` (embedded) or a hub id such as org/name.
+
+    A hub model is taken from the local cache where it is there, whatever the hub holds by now; `revision` pins it.
+    Raises UserError for a folder that does not exist and a model that cannot be had.
+    """
+    path = Path(name).expanduser()
+    if name == "pictograms" or (name and path.exists()):
+        if revision is not None:
+            raise UserError(f"{name} is not a hub model, so it has no revision {revision!r}; leave the revision out")
+        if name == "pictograms":
+            return verify(EMBEDDED, "pipeline")
+        if not path.is_dir():
+            raise UserError(f"{name} is a file; give a folder in the diffusers layout (one that holds model_index.json)")
+        return path
+    owner, slash, rest = name.partition("/")
+    if name.startswith((".", "/", "~")) or slash and ("/" in rest or not rest or Path(owner).is_dir()):
+        raise UserError(f"{name} does not exist")
+    if not _is_hub_id(name):
+        raise UserError(f"{name!r} is no model: give a local folder, `pictograms`, or a hub id such as org/name")
+    return _cached(name, revision) or _downloaded(name, revision)
+
+
+def verify(weights: Path, part: str) -> Path:
+    """The folder `weights`/`part`, after each of its files has been found to be the one named in `weights`/hashes.json."""
+    listing = weights / "hashes.json"
+    hashes = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else {}
+    listed = {name: digest for name, digest in hashes.items() if name.startswith(f"{part}/")}
+    if not listed:
+        raise UserError(f"{weights / part} is not part of this installation: {listing} does not list it; reinstall")
+    for name, digest in listed.items():
+        if not (weights / name).is_file():
+            raise UserError(f"{weights / name} is missing; reinstall the package")
+        if sha256(weights / name) != digest:
+            raise UserError(f"hash mismatch: {weights / name} is not the file that was released; reinstall the package")
+    return weights / part
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The model_index.json of a pipeline folder: its class and its components."""
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json") from None
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON") from None
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise UserError(f"{path} does not name a pipeline class")
+    return index
+
+
+def describe_model(folder: Path) -> dict[str, Any]:
+    """Which model this is, for protocol records: the pipeline class, and the sha256 of each weight file by its path."""
+    files = sorted(path for part in _WEIGHT_FOLDERS for path in (folder / part).glob("*.safetensors"))
+    return {
+        "pipeline": read_index(folder)["_class_name"],
+        "sha256": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+    }
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name  # the hub's few models without an owner are no diffusion pipelines
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The cached snapshot, or None where there is none or another program fetched only some of its files."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if _is_whole(folder) else None
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    instead = "give a local folder that holds the model instead"
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except GatedRepoError:
+        raise UserError(f"{name} is gated: accept its terms at huggingface.co/{name} and run `hf auth login`, or {instead}") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{name} is not on the hub, or it is private: check the name, run `hf auth login`, or {instead}") from None
+    except RevisionNotFoundError:
+        raise UserError(f"{name} has no revision {revision!r}") from None
+    except LocalEntryNotFoundError:
+        raise UserError(f"{name} is not in the local cache and the hub cannot be reached; {instead}") from None
+    except (HTTPError, OSError) as error:  # HTTPError is that of the HTTP library, whichever one this hub client uses
+        raise UserError(f"{name} cannot be downloaded ({str(error).splitlines()[0]}); {instead}") from None
+    if not _is_whole(folder):
+        raise UserError(f"{name} is not a diffusers pipeline with safetensors weights, or only part of it is in the local cache; {instead}")
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file() and all(any((folder / part).glob("*.safetensors")) for part in _WEIGHT_FOLDERS)

@@ -1,0 +1,1 @@
+"""One stochastic denoising step, the same object for sampling and for scoring, for every model family."""

@@ -1,0 +1,64 @@
+"""A recipe: everything that decides a training, as one frozen object."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from safediffusion.algorithms.forward import Forward
+from safediffusion.algorithms.grpo import Grpo
+from safediffusion.config import settings
+from safediffusion.data.sampler import DataSettings
+from safediffusion.errors import UserError
+from safediffusion.policies.latent import PolicySettings
+from safediffusion.process.diffusion import ProcessSettings
+from safediffusion.rewards.callable import CallableSettings
+from safediffusion.rewards.similarity import SimilaritySettings
+from safediffusion.rewards.steering import SteeringSettings
+from safediffusion.train.optimizer import OptimizerSettings
+from safediffusion.train.probes import ProbeSettings
+
+
+@settings
+class LogSettings:
+    """What a run leaves behind while it runs."""
+
+    checkpoint_every: int = Field(default=10, ge=1)  # iterations; a killed run repeats at most these
+    keep_last: int = Field(default=2, ge=2)  # checkpoints; the one before the newest is the fallback for a broken file
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl; each needs its package
+
+
+@settings
+class Recipe:
+    """The whole of a `recipe.toml`."""
+
+    model: str  # `pictograms`, a diffusers folder, or a hub id
+    revision: str | None = None  # of a hub id; pin it
+    steps: int = Field(ge=1)  # iterations: one rollout each
+    seed: int = Field(default=0, ge=0)
+    policy: PolicySettings = PolicySettings()
+    process: ProcessSettings = ProcessSettings()
+    reward: Annotated[SteeringSettings | SimilaritySettings | CallableSettings, Field(discriminator="kind")]
+    algorithm: Annotated[Forward | Grpo, Field(discriminator="kind")] = Forward()
+    data: DataSettings = DataSettings()
+    probe: ProbeSettings = ProbeSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    log: LogSettings = LogSettings()
+
+
+def check(recipe: Recipe) -> Recipe:
+    """The same recipe, or a UserError for settings that cannot work together."""
+    algorithm = recipe.algorithm
+    if algorithm.group < 2:
+        raise UserError("algorithm.group = 1 has nothing to compare; pictures of a prompt compete in groups of 2 or more")
+    if isinstance(algorithm, Grpo):
+        if recipe.process.eta == 0:
+            raise UserError("algorithm.kind = 'grpo' needs log-probabilities, and process.eta = 0 has none; set process.eta = 1, or use algorithm.kind = 'forward'")
+        if algorithm.drop_last >= recipe.process.steps - 1:
+            raise UserError(f"algorithm.drop_last = {algorithm.drop_last} leaves none of the {recipe.process.steps - 1} stochastic steps to train; lower it")
+        if algorithm.updates > algorithm.prompts:
+            raise UserError(f"algorithm.updates = {algorithm.updates} is more than the {algorithm.prompts} groups there are to share out")
+    if recipe.probe.samples < 2 and recipe.probe.every:
+        raise UserError("probe.samples = 1 cannot measure diversity; use 2 or more")
+    return recipe

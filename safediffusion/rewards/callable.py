@@ -1,0 +1,64 @@
+"""A reward of the user's own: any function of pictures and prompts, named `module:attribute` in the recipe."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from safediffusion.config import settings
+from safediffusion.errors import UserError
+from safediffusion.rewards.scores import checked
+from safediffusion.types import Prompt, Scores
+
+Function = Callable[[Tensor, Sequence[Prompt]], Tensor | Scores]
+
+
+@settings
+class CallableSettings:
+    """A `[reward]` table of kind "callable"."""
+
+    kind: Literal["callable"] = "callable"
+    # `module:attribute`; the module must be importable, so its folder is installed or on PYTHONPATH.
+    function: str
+    # Whether gradients flow through the function to the pictures; only algorithms that need the gradient ask.
+    differentiable: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class CallableReward:
+    """Wraps `function(images, prompts)`, which gives `(B,)` or Scores, so that its mistakes are reported under `name`."""
+
+    function: Function
+    name: str
+    differentiable: bool = False
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        try:
+            scores = self.function(images, prompts)
+        except Exception as error:
+            raise UserError(f"the reward '{self.name}' failed: {type(error).__name__}: {error}") from error
+        if isinstance(scores, Tensor):
+            scores = Scores(scores, {self.name: scores})
+        if not isinstance(scores, Scores):
+            raise UserError(f"the reward '{self.name}' gave a {type(scores).__name__}; it must give a tensor (B,) or Scores")
+        return checked(scores, len(images), self.name)
+
+
+def load_callable(name: str) -> Function:
+    """The function that `module:attribute` names."""
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise UserError(f"'{name}' names no function; write module:attribute, such as my_rewards:brightness")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise UserError(f"'{name}': cannot import {module} ({error}); is its folder on PYTHONPATH?") from error
+    except AttributeError as error:
+        raise UserError(f"'{name}': {module} has no {attribute}") from error
+    if not callable(function):
+        raise UserError(f"'{name}' is a {type(function).__name__}, not a function of (images, prompts)")
+    return function

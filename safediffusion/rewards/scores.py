@@ -1,0 +1,22 @@
+"""What every reward owes the trainer: one finite number per picture, or a sentence that says whose fault it is."""
+
+from __future__ import annotations
+
+import torch
+
+from safediffusion.errors import UserError
+from safediffusion.types import Scores
+
+
+def checked(scores: Scores, count: int, component: str) -> Scores:
+    """The same scores when total and parts are finite `(count,)`; UserError names the `component` otherwise."""
+    for name, values in {"total": scores.total, **scores.parts}.items():
+        if values.shape != (count,):
+            raise UserError(f"the reward '{component}' gave {name} of shape {tuple(values.shape)}; it must be ({count},), one number per picture")
+        bad = count - int(torch.isfinite(values).sum())
+        if bad:
+            raise UserError(
+                f"the reward '{component}' gave no finite {name} for {bad} of {count} pictures; "
+                "the pictures or the weights behind it hold NaN: lower the learning rate, or score in float32"
+            )
+    return scores

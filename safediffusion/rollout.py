@@ -1,0 +1,124 @@
+"""From prompts to pictures and scores: the policy walks the process, the reward looks at what it painted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safediffusion.types import Policy, Process, Prompt, Reward, Scores
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One denoising trajectory of B images. `states[i]` is the latent before step i, `states[N]` the clean one, all float32.
+
+    `log_probs[i]` (B,) is that of step i, summed over dimensions; NaN for a deterministic step. Unless the walk was asked
+    to remember, `states` holds only the clean latent and `log_probs` nothing.
+    """
+
+    states: tuple[Tensor, ...]
+    log_probs: tuple[Tensor, ...] = ()
+
+    @property
+    def clean(self) -> Tensor:
+        return self.states[-1]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B = P x K painted pictures, the K pictures of a prompt next to each other."""
+
+    prompts: tuple[Prompt, ...]
+    condition: Tensor  # (B, L, D)
+    walk: Walk
+    scores: Scores
+    group: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: Tensor) -> Rollout:
+        """The pictures at `index` (long, CPU). Callers keep groups whole."""
+        at = index.to(self.walk.clean.device)
+        return Rollout(
+            prompts=tuple(self.prompts[i] for i in index.tolist()),
+            condition=self.condition[at],
+            walk=Walk(tuple(state[at] for state in self.walk.states), tuple(each[at] for each in self.walk.log_probs)),
+            scores=Scores(self.scores.total[at], {name: part[at] for name, part in self.scores.parts.items()}),
+            group=self.group,
+        )
+
+
+def chunks(count: int, size: int) -> list[slice]:
+    """Slices of at most `size` covering `range(count)`; `size` 0 means one slice."""
+    size = size or max(count, 1)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+@torch.no_grad()
+def walk(
+    policy: Policy,
+    process: Process,
+    condition: Tensor,
+    start: Tensor,
+    guidance: float,
+    generator: torch.Generator,
+    remember: bool = False,
+) -> Walk:
+    """Denoise `start` (B, C, H, W) standard normal. `guidance` 1 is the conditional branch alone.
+
+    Latents stay float32 from step to step: rounding them after the log-probability was taken would start the ratio
+    outside the clip range (method.md section 4).
+    """
+    x = start.float()
+    states, log_probs = [x], []
+    noisy = set(process.stochastic_steps)
+    for step, time in enumerate(process.times.tolist()):
+        output = policy.predict(x, torch.full((len(x),), time, device=x.device), condition, guidance)
+        kernel = process.kernel(output, x, step)
+        if step in noisy:
+            # Drawn on the CPU: a run must not depend on where its random numbers come from.
+            x = kernel.sample(torch.randn(x.shape, generator=generator).to(x.device))
+        else:
+            x = kernel.mean
+        if remember:
+            states.append(x)
+            log_probs.append(kernel.log_prob(x) if step in noisy else torch.full((len(x),), torch.nan, device=x.device))
+    return Walk(tuple(states), tuple(log_probs)) if remember else Walk((x,))
+
+
+@torch.no_grad()
+def roll_out(
+    policy: Policy,
+    process: Process,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    group: int,
+    guidance: float,
+    generator: torch.Generator,
+    remember: bool = False,
+    batch: int = 0,
+) -> Rollout:
+    """Paint `group` pictures of each prompt, each from its own initial noise, and score them on exact pixels.
+
+    `batch` bounds the images per forward (0: all at once).
+    """
+    condition = policy.encode([prompt.text for prompt in prompts]).repeat_interleave(group, 0)
+    repeated = tuple(prompt for prompt in prompts for _ in range(group))
+    start = torch.randn((len(repeated), *policy.sample_shape), generator=generator).to(condition.device)
+    walks, totals, parts = [], [], []
+    for part in chunks(len(repeated), batch):
+        walked = walk(policy, process, condition[part], start[part], guidance, generator, remember)
+        scores = reward(policy.decode(walked.clean), repeated[part])
+        walks.append(walked)
+        totals.append(scores.total)
+        parts.append(scores.parts)
+    joined = Walk(
+        tuple(torch.cat(each) for each in zip(*(w.states for w in walks), strict=True)),
+        tuple(torch.cat(each) for each in zip(*(w.log_probs for w in walks), strict=True)),
+    )
+    scores = Scores(torch.cat(totals), {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+    return Rollout(repeated, condition, joined, scores, group)

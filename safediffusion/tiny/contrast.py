@@ -1,0 +1,98 @@
+"""Image-text contrast for the two CLIP models: pictures come in near-twins, so that colour, place and danger must be read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPModel
+
+from safediffusion.tiny.drawing import draw
+from safediffusion.tiny.scenes import (
+    COLOURS,
+    HAZARDS,
+    RELATIONS,
+    SAFE_TONES,
+    SHAPES,
+    Content,
+    Item,
+    Scene,
+    parse,
+    sample,
+    scene_for,
+)
+
+
+def _other(rng: np.random.Generator, options: tuple[str, ...], current: str) -> str:
+    return str(rng.choice([option for option in options if option != current]))
+
+
+def twin(rng: np.random.Generator, content: Content) -> Content:
+    """The same sentence with one thing changed: order of a relation, a swap of colours, a colour or a kind."""
+    items = list(content.items)
+    if content.relation and rng.random() < 0.5:
+        return replace(content, relation=RELATIONS[RELATIONS.index(content.relation) ^ 1])
+    if len(items) == 2 and items[0].colour and items[1].colour and items[0].colour != items[1].colour and rng.random() < 0.5:
+        swapped = (replace(items[0], colour=items[1].colour), replace(items[1], colour=items[0].colour))
+        if swapped[0].kind != swapped[1].kind:
+            return replace(content, items=swapped)
+    if content.counted:
+        return replace(content, items=items[:1] if rng.random() < 0.5 else (_changed(rng, items[0]),) * 2)
+    at = int(rng.integers(len(items)))
+    items[at] = _changed(rng, items[at])
+    if len(items) == 2 and items[0] == items[1]:
+        return replace(content, items=tuple(items), relation="")
+    return replace(content, items=tuple(items))
+
+
+def _changed(rng: np.random.Generator, item: Item) -> Item:
+    if item.hazard:
+        return Item(_other(rng, HAZARDS, item.kind)) if rng.random() < 0.5 else Item(str(rng.choice(SHAPES)), str(rng.choice(COLOURS)))
+    if item.colour and rng.random() < 0.5:
+        return replace(item, colour=_other(rng, COLOURS, item.colour))
+    return replace(item, kind=_other(rng, SHAPES, item.kind))
+
+
+def sample_twins(rng: np.random.Generator) -> tuple[tuple[str, Scene], tuple[str, Scene]]:
+    """Two captioned scenes that differ in one thing; a hidden hazard's twin is the same content, safely toned."""
+    caption, scene = sample(rng)
+    content = parse(caption)
+    if "danger" in content.tone or "hazardous" in content.tone:
+        calm = replace(content, tone=str(rng.choice(("", *SAFE_TONES))))
+        if not content.names_hazard:
+            return (caption, scene), (calm.caption(), scene_for(rng, calm))
+    other = twin(rng, content)
+    return (caption, scene), (other.caption(), scene_for(rng, other))
+
+
+def cached_twins(folder: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """`2 count` pictures uint8 and captions, twins next to each other; the pictures are kept in `folder`."""
+    flat = [one for i in range(count) for one in sample_twins(np.random.default_rng((seed, i)))]
+    path = folder / f"twins-{seed}-{count}.npy"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(path.with_suffix(".tmp.npy"), np.stack([draw(scene) for _, scene in flat]))
+        path.with_suffix(".tmp.npy").replace(path)
+    return np.load(path), [caption for caption, _ in flat]
+
+
+def contrast_loss(model: CLIPModel, images: Tensor, tokens: Tensor, mask: Tensor, same: Tensor) -> Tensor:
+    """Symmetric InfoNCE; pictures with the same caption (`same` (B, B) bool) share the target evenly."""
+    image = F.normalize(model.get_image_features((images - 0.5) / 0.5).pooler_output, dim=-1)
+    text = F.normalize(model.get_text_features(tokens, attention_mask=mask).pooler_output, dim=-1)
+    logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
+    target = same.float() / same.sum(1, keepdim=True)
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+def retrieval(model: CLIPModel, images: Tensor, tokens: Tensor, mask: Tensor, same: Tensor) -> float:
+    """Share of pictures whose nearest caption says the same as their own."""
+    with torch.no_grad():
+        image = F.normalize(model.get_image_features((images - 0.5) / 0.5).pooler_output, dim=-1)
+        text = F.normalize(model.get_text_features(tokens, attention_mask=mask).pooler_output, dim=-1)
+    nearest = (image @ text.T).argmax(1)
+    return float(same[torch.arange(len(images)), nearest].float().mean())

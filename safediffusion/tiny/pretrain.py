@@ -1,0 +1,121 @@
+"""What each network of the embedded world is trained on. Every stage is a loss; `fit` does the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional as F
+
+from safediffusion.detectors.objects import CELL, GRID, ObjectDetector
+from safediffusion.tiny.drawing import draw
+from safediffusion.tiny.scenes import COLOURS, KINDS, Scene, sample
+
+_BACKGROUND_COLOUR = len(COLOURS)
+
+
+@dataclass(frozen=True)
+class World:
+    """Rendered pictures uint8 `(N, 32, 32, 3)` with captions and scenes."""
+
+    pixels: np.ndarray
+    captions: tuple[str, ...]
+    scenes: tuple[Scene, ...]
+
+    def images(self, index: Tensor) -> Tensor:
+        """Float `(B, 3, 32, 32)` in [0, 1]."""
+        return torch.from_numpy(self.pixels[index.numpy()]).permute(0, 3, 1, 2).float() / 255
+
+
+def render_world(count: int, seed: int) -> World:
+    """`count` pictures; picture i depends on (seed, i) alone."""
+    captions, scenes = zip(*(sample(np.random.default_rng((seed, i))) for i in range(count)), strict=True)
+    return World(np.stack([draw(scene) for scene in scenes]), captions, scenes)
+
+
+def cached_world(folder: Path, count: int, seed: int) -> World:
+    """The same, with the pictures kept in `folder` (drawing is the slow part)."""
+    path = folder / f"world-{seed}-{count}.npy"
+    if not path.exists():
+        world = render_world(count, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(path.with_suffix(".tmp.npy"), world.pixels)
+        path.with_suffix(".tmp.npy").replace(path)
+        return world
+    captions, scenes = zip(*(sample(np.random.default_rng((seed, i))) for i in range(count)), strict=True)
+    return World(np.load(path), captions, scenes)
+
+
+def detector_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Heat `(N, 8, 8)`, and per cell the kind, colour (long) and offset `(N, 2, 8, 8)` of the nearest object."""
+    count = len(scenes)
+    heat = torch.zeros(count, GRID, GRID)
+    kind, colour = torch.zeros(count, GRID, GRID, dtype=torch.long), torch.full((count, GRID, GRID), _BACKGROUND_COLOUR)
+    offset = torch.zeros(count, 2, GRID, GRID)
+    rows, columns = torch.meshgrid(torch.arange(GRID) + 0.5, torch.arange(GRID) + 0.5, indexing="ij")
+    for i, scene in enumerate(scenes):
+        for thing in scene.objects:
+            dx, dy = thing.x / CELL - columns, thing.y / CELL - rows
+            warmth = torch.exp(-(dx.square() + dy.square()) / 0.72)
+            nearest = warmth > heat[i]
+            heat[i] = torch.where(nearest, warmth, heat[i])
+            kind[i][nearest] = KINDS.index(thing.kind)
+            colour[i][nearest] = COLOURS.index(thing.colour) if thing.colour else _BACKGROUND_COLOUR
+            offset[i, 0][nearest], offset[i, 1][nearest] = dx[nearest], dy[nearest]
+    return heat, kind, colour, offset
+
+
+def detector_loss(detector: ObjectDetector, images: Tensor, targets: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    heat, kind, colour, offset = targets
+    said_heat, said_kind, said_colour, said_offset = detector.forward(images)
+    near = (heat > 0.2).float()
+    total = near.sum().clamp(min=1)
+    loss = 4 * F.binary_cross_entropy_with_logits(said_heat, heat)
+    loss = loss + (F.cross_entropy(said_kind, kind, reduction="none") * near).sum() / total
+    loss = loss + (F.cross_entropy(said_colour, colour, reduction="none") * near).sum() / total
+    return loss + (F.smooth_l1_loss(said_offset, offset, reduction="none").sum(1) * near).sum() / total
+
+
+def worn(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures as a young model might paint them: some blurred, all with a little noise and tint."""
+    count = len(images)
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    share = torch.rand(count, 1, 1, 1, generator=generator) * (torch.rand(count, 1, 1, 1, generator=generator) < 0.5)
+    noise = torch.randn(images.shape, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator) * 0.06
+    tint = torch.randn(count, 3, 1, 1, generator=generator) * 0.02
+    return (torch.lerp(images, blurred, share) + noise + tint).clamp(0, 1)
+
+
+def autoencoder_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
+    x = images * 2 - 1
+    posterior = vae.encode(x).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator)
+    rebuilt = vae.decode(posterior.mean + posterior.std * noise).sample
+    error = rebuilt - x
+    return error.abs().mean() + error.square().mean() + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+
+
+def detector_exactness(detector: ObjectDetector, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    """Per picture whether the detector names exactly the painted objects, each within 4 pixels, `(N,)` bool."""
+    exact = []
+    for found, scene in zip(detector.read(images), scenes, strict=True):
+        left = list(scene.objects)
+        for thing in found:
+            match = next((o for o in left if (o.kind, o.colour) == (thing.kind, thing.colour) and abs(o.x - thing.x) < 4 and abs(o.y - thing.y) < 4), None)
+            if match is None:
+                left = [None]  # type: ignore[list-item]
+                break
+            left.remove(match)
+        exact.append(not left)
+    return torch.tensor(exact)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+"""The loop: prompts, one step, a line in the log, a probe, a checkpoint. It knows no algorithm; no algorithm knows the disk."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from safediffusion import seeds
+from safediffusion.algorithms.update import Learner
+from safediffusion.errors import UserError
+from safediffusion.evaluate.statistics import Estimate
+from safediffusion.train import checkpoint, log, probes
+from safediffusion.train.average import Average
+from safediffusion.types import Algorithm, Prompt
+from safediffusion.weights import load_optimizer, optimizer_tensors
+
+BEST = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a training needs, built. `measure` gives (estimates, changes from the base) of the policy as it stands."""
+
+    learner: Learner
+    algorithm: Algorithm
+    prompts: Callable[[int], tuple[Prompt, ...]]
+    average: Average
+    measure: Callable[[], tuple[dict[str, Estimate], dict[str, Estimate]]] | None
+    probe: probes.ProbeSettings
+    steps: int
+    seed: int
+    checkpoint_every: int
+    keep_last: int
+
+
+@dataclass
+class _Clock:
+    """Wall and processor seconds of a run over all its sittings."""
+
+    wall: float
+    cpu: float
+
+    def __post_init__(self) -> None:
+        self._start, self._cpu = time.monotonic() - self.wall, _cpu_seconds() - self.cpu
+
+    def now(self) -> tuple[float, float]:
+        return time.monotonic() - self._start, _cpu_seconds() - self._cpu
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def train(run: Run, folder: Path, console: Console, trackers: Callable[[dict, int], None] = lambda record, step: None) -> checkpoint.Progress:
+    """Run, or resume, until `run.steps`, an early stop, or an error. The same command again continues bit-exactly."""
+    saved = checkpoint.latest(folder / "checkpoints")
+    progress = checkpoint.Progress() if saved is None else _restore(run, saved)
+    log.rewind(folder, progress.step)
+    clock = _Clock(progress.seconds, progress.cpu_seconds)
+    if saved is not None:
+        console.print(f"resuming after iteration {progress.step} of {run.steps}")
+    if progress.step == 0 and run.measure is not None and run.probe.every:
+        progress = _probe(run, folder, progress, clock, console, trackers)
+    with _bar(console) as bar:
+        task = bar.add_task("train", total=run.steps, completed=progress.step, note="")
+        while progress.step < run.steps and not _gone_bad(run, progress):
+            progress, record = _iterate(run, progress, clock)
+            log.append(folder, record)
+            trackers(record, progress.step)
+            if run.measure is not None and run.probe.every and (progress.step % run.probe.every == 0 or progress.step == run.steps):
+                progress = _probe(run, folder, progress, clock, console, trackers)
+            if progress.step % run.checkpoint_every == 0 or progress.step == run.steps:
+                checkpoint.save(folder / "checkpoints", _snapshot(run, progress), run.keep_last)
+            bar.update(task, completed=progress.step, note=_note(record, progress))
+    if _gone_bad(run, progress):
+        checkpoint.save(folder / "checkpoints", _snapshot(run, progress), run.keep_last)
+        console.print(f"stopped early: the last {run.probe.patience} probes fell below the base; the best checkpoint is kept")
+    return progress
+
+
+def _iterate(run: Run, progress: checkpoint.Progress, clock: _Clock) -> tuple[checkpoint.Progress, dict]:
+    learner, began = run.learner, time.monotonic()
+    prompts = run.prompts(progress.step)
+    try:
+        metrics = run.algorithm.step(learner, prompts, seeds.generator("train", run.seed, learner.accelerator.process_index, progress.step))
+    except FloatingPointError as error:
+        raise UserError(f"iteration {progress.step + 1}: {error}; the last checkpoint is kept - lower optimizer.lr or raise the KL") from error
+    run.average.update()
+    wall, cpu = clock.now()
+    progress = replace(progress, step=progress.step + 1, forwards=learner.forwards, seconds=wall, cpu_seconds=cpu)
+    images = len(prompts) * run.algorithm.group
+    record = {"kind": "train", "iteration": progress.step, "seconds": wall, "cpu_seconds": cpu, "forwards": learner.forwards} | metrics
+    record |= {"images_per_second": images / (time.monotonic() - began), "peak_memory_gib": _peak_memory()}
+    return progress, record
+
+
+def _probe(run: Run, folder: Path, progress: checkpoint.Progress, clock: _Clock, console: Console, trackers: Callable) -> checkpoint.Progress:
+    with run.average.applied():
+        now, change = run.measure()
+        verdict = probes.judge(now, change)
+        wall, cpu = clock.now()
+        line = probes.record(now, change, verdict) | {"iteration": progress.step, "seconds": wall, "cpu_seconds": cpu, "forwards": progress.forwards}
+        line["best"] = probes.better(line, progress.best)
+        if line["best"]:
+            progress = replace(progress, best={key: value for key, value in line.items() if key != "alarms"})
+            checkpoint.write(folder / BEST, checkpoint.Checkpoint(run.learner.policy.state(), {}, {}, progress))
+    log.append(folder, line)
+    trackers({key: value for key, value in line.items() if isinstance(value, float)}, progress.step)
+    for alarm in verdict.alarms:
+        console.print(f"[yellow]iteration {progress.step}: {alarm}[/yellow]")
+    return replace(progress, worse_in_a_row=0 if verdict.sound else progress.worse_in_a_row + 1, seconds=wall, cpu_seconds=cpu)
+
+
+def _gone_bad(run: Run, progress: checkpoint.Progress) -> bool:
+    return 0 < run.probe.patience <= progress.worse_in_a_row
+
+
+def _restore(run: Run, saved: checkpoint.Checkpoint) -> checkpoint.Progress:
+    run.learner.policy.load_state(saved.policy)
+    load_optimizer(run.learner.optimizer, saved.optimizer)
+    run.average.load(saved.average)
+    run.learner.forwards = saved.progress.forwards
+    return saved.progress
+
+
+def _snapshot(run: Run, progress: checkpoint.Progress) -> checkpoint.Checkpoint:
+    return checkpoint.Checkpoint(run.learner.policy.state(), optimizer_tensors(run.learner.optimizer), run.average.state(), progress)
+
+
+def _peak_memory() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    return Progress(*columns, console=console)
+
+
+def _note(record: Mapping, progress: checkpoint.Progress) -> str:
+    note = f"reward {record['reward/total']:.3f}  KL {record['kl']:.4f}  {record['images_per_second']:.1f} images/s"
+    return note + (f"  best unsafe {progress.best['unsafe_rate']:.1%}" if progress.best else "")

@@ -1,0 +1,26 @@
+"""How parameters move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+
+from safediffusion.config import settings
+
+
+@settings
+class OptimizerSettings:
+    """AdamW; the paper's constants where it names them."""
+
+    lr: float = Field(default=1e-5, gt=0)  # tiny models and LoRA take 10 to 30 times more than a full SD1.x UNet
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    batch: int = Field(default=0, ge=0)  # pictures per forward, gradients accumulate; 0 is all at once. Changes memory, not results
+    ema: float = Field(default=0.0, ge=0, lt=1)  # decay of the averaged weights that are measured and exported; 0 is none
+
+
+def build_optimizer(parameters: Sequence[torch.nn.Parameter], options: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)

@@ -1,0 +1,63 @@
+"""Guards against reward hacking: every few iterations the policy is measured by what is not its reward (method.md section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from safediffusion.config import settings
+from safediffusion.evaluate.statistics import Estimate, significantly_below
+
+Measure = Callable[[], tuple[dict[str, Estimate], dict[str, Estimate]]]
+GUARDED = ("composition", "alignment", "diversity")
+
+
+@settings
+class ProbeSettings:
+    """How often and how closely a run is watched. Probe prompts are validation prompts: never trained on, never reported."""
+
+    every: int = 10  # iterations; 0 turns probes, best-checkpoint selection and early stop off
+    prompts: int = 40  # of each validation set
+    samples: int = 4  # pictures per prompt; diversity needs 2
+    patience: int = 4  # stop after so many probes in a row with composition or diversity significantly below the base; 0: never
+    seed: int = 10_000  # of the pictures; far from the evaluation's seeds
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a probe found. `sound`: nothing that it guards is significantly below the base."""
+
+    unsafe_rate: float
+    sound: bool
+    alarms: tuple[str, ...]
+
+
+def judge(now: dict[str, Estimate], change: dict[str, Estimate]) -> Verdict:
+    """Weigh a probe against the base; alarms are plain words for the terminal and the log."""
+    unsafe = [estimate.value for name, estimate in now.items() if name.startswith("unsafe_rate/") and name != "unsafe_rate/benign"]
+    fallen = [name for name in GUARDED if name in change and significantly_below(change[name])]
+    alarms = [f"{name} fell by {-change[name].value:.3f} (95 % interval {-change[name].high:.3f} to {-change[name].low:.3f})" for name in fallen]
+    if "diversity" in fallen and "diversity" in now and now["diversity"].value < 0.5 * (now["diversity"].value - change["diversity"].value):
+        alarms.append("pictures of one prompt look alike: the model is collapsing")
+    return Verdict(float(np.mean(unsafe)) if unsafe else float("nan"), not {"composition", "diversity"} & set(fallen), tuple(alarms))
+
+
+def better(candidate: dict, best: dict | None) -> bool:
+    """The stated rule of the best checkpoint: the lowest unsafe rate among the sound ones; ties go to composition."""
+    if not candidate["sound"]:
+        return False
+    if best is None:
+        return True
+    if np.isnan(candidate["unsafe_rate"]) or np.isnan(best["unsafe_rate"]):
+        return candidate.get("alignment", 0.0) > best.get("alignment", 0.0)
+    return (-candidate["unsafe_rate"], candidate.get("composition", 0.0)) > (-best["unsafe_rate"], best.get("composition", 0.0))
+
+
+def record(now: dict[str, Estimate], change: dict[str, Estimate], verdict: Verdict) -> dict:
+    """The probe's line in metrics.jsonl: each measure with its interval and its change from the base."""
+    line: dict = {"kind": "probe", "unsafe_rate": verdict.unsafe_rate, "sound": verdict.sound, "alarms": list(verdict.alarms)}
+    for name, estimate in now.items():
+        line |= {name: estimate.value, f"{name}/low": estimate.low, f"{name}/high": estimate.high}
+    return line | {f"{name}/change": estimate.value for name, estimate in change.items()}

@@ -1,0 +1,36 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub at import: no test reaches the network
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion folder at random weights, never written to: 32 px images, latents (4, 8, 8), texts of 24 tokens."""
+    import torch
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    from safediffusion.tiny import networks
+
+    folder = tmp_path_factory.mktemp("tiny_pipeline")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = networks.build_tokenizer(["a red cat and a blue dog", "a knife in a kitchen"], folder / "tokenizer")
+        small = {**networks.unet().config, "block_out_channels": (32, 64)}
+        StableDiffusionPipeline(
+            vae=networks.autoencoder(),
+            text_encoder=networks.text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            unet=UNet2DConditionModel.from_config(small),
+            scheduler=networks.scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(folder)
+    return folder

@@ -1,0 +1,69 @@
+"""A user's reward: taken as it is, and named when it errs."""
+
+import pytest
+import torch
+
+from safediffusion.errors import UserError
+from safediffusion.rewards.callable import CallableReward, load_callable
+from safediffusion.types import Prompt, Scores
+
+IMAGES, PROMPTS = torch.rand(3, 3, 4, 4), [Prompt("a"), Prompt("b"), Prompt("c")]
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def test_a_tensor_becomes_scores():
+    scores = CallableReward(brightness, "brightness", differentiable=True)(IMAGES, PROMPTS)
+    torch.testing.assert_close(scores.total, IMAGES.mean((1, 2, 3)))
+    assert scores.parts.keys() == {"brightness"}
+
+
+def test_scores_pass_through():
+    given = Scores(torch.ones(3), {"one": torch.ones(3)})
+    assert CallableReward(lambda images, prompts: given, "mine")(IMAGES, PROMPTS) is given
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda images, prompts: images.mean(), r"total of shape \(\); it must be \(3,\)"),
+        (lambda images, prompts: torch.full((3,), float("inf")), "no finite total for 3 of 3 pictures"),
+        (lambda images, prompts: Scores(torch.ones(3), {"x": torch.ones(2)}), r"gave x of shape \(2,\)"),
+        (lambda images, prompts: [1.0, 2.0, 3.0], "gave a list"),
+        (lambda images, prompts: prompts[5], "failed: IndexError"),
+    ],
+)
+def test_mistakes_name_the_reward(function, message):
+    with pytest.raises(UserError, match=f"the reward 'mine' .*{message}|the reward 'mine' {message}"):
+        CallableReward(function, "mine")(IMAGES, PROMPTS)
+
+
+def test_the_users_exception_stays_in_the_chain():
+    def fails(images, prompts):
+        raise KeyError("weights")
+
+    with pytest.raises(UserError) as raised:
+        CallableReward(fails, "mine")(IMAGES, PROMPTS)
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
+def test_functions_are_found_by_name():
+    import os.path
+
+    assert load_callable("os.path:join") is os.path.join
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("brightness", "write module:attribute"),
+        ("no_such_module:f", "cannot import no_such_module.*PYTHONPATH"),
+        ("os.path:no_such_function", "os.path has no no_such_function"),
+        ("os.path:sep", "is a str, not a function"),
+    ],
+)
+def test_names_that_lead_nowhere(name, message):
+    with pytest.raises(UserError, match=message):
+        load_callable(name)

@@ -1,0 +1,149 @@
+"""Finding a model: each way to name one, and one sentence for each way to fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from huggingface_hub import constants
+
+from safediffusion.errors import UserError
+from safediffusion.hub import EMBEDDED, describe_model, read_index, resolve_model, verify
+from safediffusion.weights import sha256
+
+
+def refusal(name: str, revision: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve_model(name, revision)
+    message = str(caught.value)
+    assert "\n" not in message and not message.endswith(".")
+    return message
+
+
+def test_local_folder_is_taken_as_it_is(tiny_pipeline: Path) -> None:
+    assert resolve_model(str(tiny_pipeline)) == tiny_pipeline
+
+
+@pytest.mark.skipif(not EMBEDDED.exists(), reason="the embedded weights are not in this tree")
+def test_pictograms_is_the_embedded_model() -> None:
+    assert read_index(resolve_model("pictograms"))["_class_name"] == "StableDiffusionPipeline"
+
+
+@pytest.mark.parametrize("name", ["./x", "../x", "/nowhere/x", "~/nowhere/x", "a/b/c", "runs/"])
+def test_path_that_does_not_exist(name: str) -> None:
+    assert refusal(name) == f"{name} does not exist"
+
+
+def test_path_below_a_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert refusal("models/sd") == "models/sd does not exist"
+
+
+@pytest.mark.parametrize("name", ["", "sd", "stable diffusion/1.5", "org/a--b", "org/-x"])
+def test_name_that_is_no_model(name: str) -> None:
+    assert "hub id such as org/name" in refusal(name)
+
+
+def test_file_instead_of_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    assert "is a file; give a folder" in refusal(str(tmp_path / "model.safetensors"))
+
+
+def test_revision_of_a_local_folder(tiny_pipeline: Path) -> None:
+    assert "no revision 'main'" in refusal(str(tiny_pipeline), "main")
+
+
+def test_hub_model_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert refusal("org/model").endswith("give a local folder that holds the model instead")
+
+
+def test_hub_model_in_the_cache(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--org--model", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = Path(shutil.copytree(tiny_pipeline, repository / "snapshots" / commit))
+    assert resolve_model("org/model") == resolve_model("org/model", commit) == snapshot
+    shutil.rmtree(snapshot / "unet")  # as another program leaves it that wanted only the autoencoder
+    assert "only part of it is in the local cache" in refusal("org/model")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """A hub on this machine that refuses every request for the reason in the dictionary's "code"."""
+    answer = {"code": ""}
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(403)
+            self.send_header("X-Error-Code", answer["code"])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Refuse)
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield answer
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("GatedRepo", "org/model is gated: accept its terms"),
+        ("RepoNotFound", "org/model is not on the hub, or it is private"),
+        ("RevisionNotFound", "org/model has no revision 'v2'"),
+        ("Teapot", "org/model is not in the local cache and the hub cannot be reached"),
+    ],
+)
+def test_hub_that_refuses(hub: dict[str, str], code: str, sentence: str) -> None:
+    hub["code"] = code
+    assert refusal("org/model", "v2").startswith(sentence)
+
+
+def test_embedded_files_are_checked(tmp_path: Path) -> None:
+    file = tmp_path / "pipeline" / "unet" / "weights.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"released")
+    with pytest.raises(UserError, match="not part of this installation"):
+        verify(tmp_path, "pipeline")
+    (tmp_path / "hashes.json").write_text(json.dumps({"pipeline/unet/weights.safetensors": sha256(file), "clip/x": "other"}))
+    assert verify(tmp_path, "pipeline") == tmp_path / "pipeline"
+    file.write_bytes(b"changed")
+    with pytest.raises(UserError, match="hash mismatch"):
+        verify(tmp_path, "pipeline")
+    file.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        verify(tmp_path, "pipeline")
+
+
+def test_description_tells_models_apart(tiny_pipeline: Path, tmp_path: Path) -> None:
+    description = describe_model(tiny_pipeline)
+    assert description["pipeline"] == "StableDiffusionPipeline"
+    assert sorted(Path(name).parent.name for name in description["sha256"]) == ["text_encoder", "unet", "vae"]
+    other = Path(shutil.copytree(tiny_pipeline, tmp_path / "other"))
+    assert describe_model(other) == description
+    file = other / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
+    assert describe_model(other) != description
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_index_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(UserError, match="model_index.json"):
+        read_index(tmp_path)
