@@ -43,6 +43,18 @@ CALIBRATION_PAIRS = 400
 LEAST_AUC = 0.7
 
 
+def device(name: str | None) -> torch.device:
+    """The device of that name; the best one of this machine where no name is given."""
+    if name is None:
+        return Accelerator().device
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}; leave --device out, or give cpu or cuda") from None
+    return chosen
+
+
 def encoder(name: str, device: str | torch.device, part: str = "reward") -> ClipEncoder:
     """`pictograms` is the embedded CLIP of that part (`reward` or `judge`); a .safetensors file is HPSv2.1; else a CLIPModel."""
     if name == PICTOGRAMS:

@@ -65,6 +65,13 @@ def write_bytes(path: Path, data: bytes) -> None:
             raise
 
 
+def check_writable(folder: Path) -> None:
+    """Make `folder` where it is missing. UserError when nothing can be written there, before hours of work would be lost."""
+    write_bytes(folder / ".writable", b"")
+    with explained(folder):
+        (folder / ".writable").unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Atomic, UTF-8, line ends as given."""
     write_bytes(path, text.encode())

@@ -34,7 +34,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
             raise UserError(f"{name} is a file; give a folder in the diffusers layout (one that holds model_index.json)")
         return path
     owner, slash, rest = name.partition("/")
-    if name.startswith((".", "/", "~")) or slash and ("/" in rest or not rest or Path(owner).is_dir()):
+    if name.startswith((".", "/", "~")) or (slash and ("/" in rest or not rest or Path(owner).is_dir())):
         raise UserError(f"{name} does not exist")
     if not _is_hub_id(name):
         raise UserError(f"{name!r} is no model: give a local folder, `pictograms`, or a hub id such as org/name")

@@ -21,7 +21,8 @@ def refusal(name: str, revision: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
         resolve_model(name, revision)
     message = str(caught.value)
-    assert "\n" not in message and not message.endswith(".")
+    assert "\n" not in message
+    assert ". " not in message
     return message
 
 
@@ -145,5 +146,5 @@ def test_description_tells_models_apart(tiny_pipeline: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_index_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "model_index.json").write_text(text)
-    with pytest.raises(UserError, match="model_index.json"):
+    with pytest.raises(UserError, match="model_index"):
         read_index(tmp_path)

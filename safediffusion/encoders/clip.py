@@ -71,7 +71,7 @@ class ClipEncoder:
         model = clip_model(CLIPConfig.from_dict(config), read_weights(files), str(source)).to(device, dtype)
         pixels = _json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").exists() else {}
         mean, std = pixels.get("image_mean", _CLIP_MEAN), pixels.get("image_std", _CLIP_STD)
-        name = folder.name if Path(source).expanduser().is_dir() else str(source)
+        name = folder.resolve().name if Path(source).expanduser().is_dir() else str(source)
         return cls(model, clip_tokenizer(folder), name, files, mean, std)
 
     @functools.cached_property

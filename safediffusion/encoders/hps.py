@@ -72,23 +72,25 @@ def vit_h14() -> CLIPConfig:
 
 def load_hps(
     path: str | Path,
-    tokenizer: str | Path,
+    tokenizer: str | Path | None = None,
     *,
     config: CLIPConfig | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> ClipEncoder:
-    """Read open_clip weights from a safetensors file; `tokenizer` is the folder of any CLIP with OpenAI's vocabulary.
+    """Read open_clip weights from a safetensors file.
 
+    `tokenizer` is the folder of any CLIP with OpenAI's vocabulary; without one, its files lie beside the weights.
     Pictures are cut to their central square as CLIP does, where HPSv2's own code pads: the same for square pictures.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise UserError(f"{path} may be a pickle, which can run code when it is read; convert it once with: {_TO_SAFETENSORS} {path} {path.with_suffix('.safetensors')}")
+        convert = f"{_TO_SAFETENSORS} {path} {path.with_suffix('.safetensors')}"
+        raise UserError(f"{path} may be a pickle, which can run code when it is read; convert it once with: {convert}")
     if not path.exists():
         raise UserError(f"the HPS weights {path} do not exist")
     model = clip_model(config or vit_h14(), from_open_clip(read_weights([path]), str(path)), str(path))
-    return ClipEncoder(model.to(device, dtype), clip_tokenizer(Path(tokenizer)), path.stem, [path])
+    return ClipEncoder(model.to(device, dtype), clip_tokenizer(Path(tokenizer or path.parent)), path.stem, [path])
 
 
 def from_open_clip(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ class PolicySettings:
     lora_rank, lora_alpha: the adapters' update is scaled by alpha / rank; alpha is the rank where it is left out.
     lora_targets: ends of the names of the layers that get adapters; by default the projections of all attention.
     dtype: of the UNet's arithmetic; "bfloat16" is two to three times as fast on a GPU. Trained weights stay float32.
-    vae_dtype: of the autoencoder's; in float32 a decoded image does not shift by a grey level here and there.
+    vae_dtype: of the autoencoder's; "bfloat16" halves its memory and shifts a decoded image by a grey level here and there.
     gradient_checkpointing: recomputes activations in the backward pass: less memory, about a third more time.
     prompt_cache: encoded prompts kept on the device; one takes 0.24 MB on SD1.x in float32. 0 keeps none.
     image_size: pixels of a side; the model's own where it is left out.
@@ -156,10 +156,11 @@ def load_policy(folder: Path, settings: PolicySettings, device: str | torch.devi
 
     device = torch.device(device)
     check_pipeline(folder)
-    unet = _trainable_unet(folder, settings)
-    vae = load_model(AutoencoderKL, folder / "vae")
-    text_encoder = load_model(CLIPTextModel, folder / "text_encoder").to(device)
+    scheduler_config = load_scheduler_config(folder / "scheduler")
     tokenizer = load_tokenizer(folder / "tokenizer")
+    text_encoder = load_model(CLIPTextModel, folder / "text_encoder").to(device)
+    vae = load_model(AutoencoderKL, folder / "vae")
+    unet = _trainable_unet(folder, settings)
     _check_fit(folder, unet, vae, text_encoder, tokenizer)
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -172,7 +173,7 @@ def load_policy(folder: Path, settings: PolicySettings, device: str | torch.devi
         vae=vae.to(device, getattr(torch, settings.vae_dtype)),
         encode=Conditioner(tokenizer, text_encoder, getattr(torch, settings.dtype), settings.prompt_cache),
         sample_shape=_sample_shape(folder, unet, vae, settings.image_size),
-        scheduler_config=load_scheduler_config(folder / "scheduler"),
+        scheduler_config=scheduler_config,
         network=unet,
         trained={name: weight for name, weight in unet.named_parameters() if weight.requires_grad},
     )

@@ -105,6 +105,7 @@ def replaced(folder: Path) -> Iterator[Path]:
 
     A folder that holds anything but a saved model is not replaced: UserError.
     """
+    folder = folder.resolve()
     saved = any((folder / name).is_file() for name in ("model_index.json", "pytorch_lora_weights.safetensors"))
     if folder.exists() and not saved and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not a saved model; save to another folder")
@@ -117,7 +118,8 @@ def replaced(folder: Path) -> Iterator[Path]:
         new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _first_sentence(error: Exception) -> str:

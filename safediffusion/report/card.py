@@ -26,20 +26,28 @@ LIMITS = (
 )
 
 
-def model_card(results: Results, title: str, license: str, base_model: str | None = None) -> str:
-    """README.md of a model repository: front matter, verdict, table, protocol, method, limits, citation."""
+def model_card(results: Results | None, title: str, license: str, base_model: str | None = None) -> str:
+    """README.md of a model repository: front matter, verdict, table, protocol, method, limits, citation.
+
+    Without results it says that nothing was measured, and no more.
+    """
     # JSON strings are YAML strings, so no name can break out of the front matter.
     front = ["---", f"license: {json.dumps(license)}", "pipeline_tag: text-to-image"]
     if base_model:
         front.append(f"base_model: {json.dumps(base_model)}")
     front += ["tags:", *(f"- {tag}" for tag in TAGS), "---"]
+    parts = ["\n".join(front), f"# {' '.join(title.split())}", METHOD, "## Safety and what it cost"]
+    parts += _measured(results) if results else ["These weights were not measured: nothing is known of their safety, nor of what it cost."]
+    if results and (command := results.run.get("command")):
+        parts += ["## Reproduce", f"```\n{command}\n```"]
+    parts += ["## Citation", "```\n@misc{safediffusion-r1, eprint = {2605.18719}, archivePrefix = {arXiv}}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured(results: Results) -> list[str]:
     judged = verdict(results)
     protocol = json.dumps(results.protocol, indent=2)
-    parts = [
-        "\n".join(front),
-        f"# {' '.join(title.split())}",
-        METHOD,
-        "## Safety and what it cost",
+    return [
         judged.headline,
         *judged.notes,
         markdown_table(results),
@@ -48,10 +56,6 @@ def model_card(results: Results, title: str, license: str, base_model: str | Non
         "## Limits of the measure",
         "\n".join(f"- {limit}" for limit in LIMITS),
     ]
-    if command := results.run.get("command"):
-        parts += ["## Reproduce", f"```\n{command}\n```"]
-    parts += ["## Citation", "```\n@misc{safediffusion-r1, eprint = {2605.18719}, archivePrefix = {arXiv}}\n```"]
-    return "\n\n".join(parts) + "\n"
 
 
 def write_card(card: str, folder: Path) -> Path:

@@ -96,6 +96,12 @@ def drawing(identity: str, description: str, size: tuple[float, float] = (4.6, 3
     sheet.svg = _inline(file.getvalue(), identity, description)
 
 
+def standalone(svg: str) -> str:
+    """The figure as a file of its own, with the colours that a page would have given it."""
+    colours = ";".join(f"{variable}:{colour}" for colour, variable in VARIABLES.items())
+    return svg.replace(">", f"><style>svg{{{colours};background:{PAPER}}}</style>", 1)
+
+
 def training_curves(run: Run, identity: str) -> list[str]:
     """Reward of every iteration, and every probe with its interval, against seconds of training."""
     seconds = [float(record["seconds"]) for record in run.records if isinstance(record.get("seconds"), int | float)]

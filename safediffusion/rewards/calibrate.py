@@ -50,9 +50,7 @@ def _see(encoder: Encoder, pairs: Pairs) -> _Seen:
     return _Seen(text, *seen, pairs.has_content.to(text.device))
 
 
-def pair_accuracy(
-    encoder: Encoder, direction: Direction, pairs: Pairs, alpha: float, method: Method = "translation"
-) -> tuple[float, float]:
+def pair_accuracy(encoder: Encoder, direction: Direction, pairs: Pairs, alpha: float, method: Method = "translation") -> tuple[float, float]:
     """Shares of prompts, by their steered target: safe picture above the unsafe one, and above the unrelated one.
 
     The second is of the prompts that have harmless content; NaN where none has.

@@ -51,9 +51,7 @@ class Direction:
     measures: dict[str, Any] = field(default_factory=dict)
 
 
-def fit_direction(
-    encoder: Encoder, anchors: Anchors, estimator: Estimator = "mean", labelled: Sequence[Prompt] = ()
-) -> Direction:
+def fit_direction(encoder: Encoder, anchors: Anchors, estimator: Estimator = "mean", labelled: Sequence[Prompt] = ()) -> Direction:
     """A direction from the anchors, with a gate where there are enough texts of both sides to calibrate one.
 
     "mean": v = normalize(mean z(safe) - mean z(unsafe)), of the anchors alone (SafeDiffusion-R1, arXiv 2605.18719).
@@ -102,14 +100,13 @@ def fit_gate(safe: np.ndarray, unsafe: np.ndarray) -> Gate:
     Texts are scored by a discriminant that did not see them (five folds): in so many dimensions any few texts are
     separable, and a gate calibrated on its own training texts would be sure of everything.
     """
-    scores = []
-    for side in (safe, unsafe):
-        fold = np.arange(len(side)) % _FOLDS
-        held_out = np.empty(len(side))
-        for k in range(_FOLDS):
-            rest = [other[np.arange(len(other)) % _FOLDS != k] for other in (safe, unsafe)]
-            held_out[fold == k] = side[fold == k] @ -discriminant(*rest)
-        scores.append(held_out)
+    sides = (safe, unsafe)
+    scores = [np.empty(len(side)) for side in sides]
+    for k in range(_FOLDS):
+        held_out = [np.arange(len(side)) % _FOLDS == k for side in sides]
+        w = -discriminant(*(side[~held] for side, held in zip(sides, held_out, strict=True)))
+        for score, side, held in zip(scores, sides, held_out, strict=True):
+            score[held] = side[held] @ w
     b, tau = _calibrated(*scores)
     return Gate(torch.from_numpy(-discriminant(safe, unsafe)).float(), b, tau)
 
@@ -136,9 +133,7 @@ def _calibrated(safe: np.ndarray, unsafe: np.ndarray) -> tuple[float, float]:
     return float(centre + scale * midpoint), float(scale / np.exp(slope))
 
 
-def steered_target(
-    z: Tensor, direction: Direction, alpha: float, method: Method = "translation", strength: Tensor | None = None
-) -> Tensor:
+def steered_target(z: Tensor, direction: Direction, alpha: float, method: Method = "translation", strength: Tensor | None = None) -> Tensor:
     """Text embeddings `(B, D)`, unit, to the targets `(B, D)`, unit, that pictures are compared with.
 
     translation: normalize(z + alpha v); projection: normalize(z - (z . v) v + alpha v); gated: normalize(z + g(z) alpha v).
@@ -170,10 +165,7 @@ def auc(safe: Sequence[float], unsafe: Sequence[float]) -> float:
 
 def cosines(directions: Mapping[str, Direction]) -> dict[str, dict[str, float]]:
     """How alike directions are, such as those of single concepts: name by name, each pair in both orders."""
-    return {
-        one: {other: float(directions[one].vector @ directions[other].vector) for other in directions if other != one}
-        for one in directions
-    }
+    return {one: {other: float(directions[one].vector @ directions[other].vector) for other in directions if other != one} for one in directions}
 
 
 def save_direction(direction: Direction, path: Path) -> None:

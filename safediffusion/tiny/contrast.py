@@ -69,30 +69,44 @@ def sample_twins(rng: np.random.Generator) -> tuple[tuple[str, Scene], tuple[str
     return (caption, scene), (other.caption(), scene_for(rng, other))
 
 
+def render_twins(count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """`2 count` pictures uint8 and captions, twins next to each other; pair i depends on (seed, i) alone."""
+    flat = _sampled(count, seed)
+    return np.stack([draw(scene) for _, scene in flat]), [caption for caption, _ in flat]
+
+
 def cached_twins(folder: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """`2 count` pictures uint8 and captions, twins next to each other; the pictures are kept in `folder`."""
-    flat = [one for i in range(count) for one in sample_twins(np.random.default_rng((seed, i)))]
+    """The same, with the pictures kept in `folder` (drawing is the slow part)."""
     path = folder / f"twins-{seed}-{count}.npy"
     if not path.exists():
+        pixels, captions = render_twins(count, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(path.with_suffix(".tmp.npy"), np.stack([draw(scene) for _, scene in flat]))
+        np.save(path.with_suffix(".tmp.npy"), pixels)
         path.with_suffix(".tmp.npy").replace(path)
-    return np.load(path), [caption for caption, _ in flat]
+        return pixels, captions
+    return np.load(path), [caption for caption, _ in _sampled(count, seed)]
+
+
+def _sampled(count: int, seed: int) -> list[tuple[str, Scene]]:
+    return [one for i in range(count) for one in sample_twins(np.random.default_rng((seed, i)))]
 
 
 def contrast_loss(model: CLIPModel, images: Tensor, tokens: Tensor, mask: Tensor, same: Tensor) -> Tensor:
     """Symmetric InfoNCE; pictures with the same caption (`same` (B, B) bool) share the target evenly."""
-    image = F.normalize(model.get_image_features((images - 0.5) / 0.5).pooler_output, dim=-1)
-    text = F.normalize(model.get_text_features(tokens, attention_mask=mask).pooler_output, dim=-1)
+    image, text = _embedded(model, images, tokens, mask)
     logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
     target = same.float() / same.sum(1, keepdim=True)
     return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 
-def retrieval(model: CLIPModel, images: Tensor, tokens: Tensor, mask: Tensor, same: Tensor) -> float:
-    """Share of pictures whose nearest caption says the same as their own."""
+def retrieval(model: CLIPModel, images: Tensor, tokens: Tensor, mask: Tensor, same: Tensor) -> Tensor:
+    """Per picture whether its nearest caption says the same as its own, `(B,)` bool."""
     with torch.no_grad():
-        image = F.normalize(model.get_image_features((images - 0.5) / 0.5).pooler_output, dim=-1)
-        text = F.normalize(model.get_text_features(tokens, attention_mask=mask).pooler_output, dim=-1)
-    nearest = (image @ text.T).argmax(1)
-    return float(same[torch.arange(len(images)), nearest].float().mean())
+        image, text = _embedded(model, images, tokens, mask)
+    return same[torch.arange(len(images)), (image @ text.T).argmax(1)]
+
+
+def _embedded(model: CLIPModel, images: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors `(B, D)` of pictures and of captions."""
+    image = F.normalize(model.get_image_features((images - 0.5) / 0.5).pooler_output, dim=-1)
+    return image, F.normalize(model.get_text_features(tokens, attention_mask=mask).pooler_output, dim=-1)

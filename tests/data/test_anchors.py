@@ -6,7 +6,7 @@ import pytest
 
 from safediffusion.data.anchors import Anchors, load_anchors
 from safediffusion.errors import UserError
-from safediffusion.tiny.scenes import HAZARDS, SEEN_HAZARDS, SHAPES, parse
+from safediffusion.tiny.scenes import COLOURS, HAZARDS, SEEN_HAZARDS, SHAPES, parse
 
 
 @pytest.mark.parametrize("name", ["compact", "broad", "pictograms"])
@@ -41,12 +41,13 @@ def test_broad_is_at_least_as_wide_as_the_unpublished_one():
 def test_pictograms_differ_by_danger_alone():
     anchors = load_anchors("pictograms")
     sides = [[parse(caption) for caption in side] for side in (anchors.safe, anchors.unsafe)]
-    kinds = [Counter(item.kind for content in side for item in content.items) for side in sides]
+    kinds, colours = ([Counter(getattr(item, of) for content in side for item in content.items) for side in sides] for of in ("kind", "colour"))
     assert not set(kinds[0]) & set(HAZARDS)
     assert set(kinds[1]) & set(HAZARDS) == set(SEEN_HAZARDS)
     assert set(kinds[0]) == set(SHAPES) and set(kinds[1]) >= set(SHAPES)
-    for count in (lambda c: len(c.items), lambda c: c.relation, lambda c: c.counted):
-        assert Counter(map(count, sides[0])) == Counter(map(count, sides[1]))
+    assert set(colours[0]) == set(colours[1]) == {"", *COLOURS}
+    # A direction that knew more objects on one side would pay for fewer objects, and composition would go.
+    assert Counter(len(c.items) for c in sides[0]) == Counter(len(c.items) for c in sides[1])
     assert not any("danger" in c.tone or "hazard" in c.tone for c in sides[0])
     assert not any("safe" in c.tone or "friend" in c.tone for c in sides[1])
 

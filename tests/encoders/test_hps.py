@@ -119,6 +119,15 @@ def test_features_are_those_of_open_clip(reference, config, tokenizer, clip_fold
     assert encoder.identity.startswith("hps sha256:")
 
 
+def test_the_tokenizer_may_lie_beside_the_weights(reference, config, tokenizer, clip_folder, tmp_path):
+    path = saved(reference.state_dict(), tmp_path)
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load_hps(path, config=config)
+    tokenizer.save_pretrained(tmp_path)
+    beside, elsewhere = load_hps(path, config=config), load_hps(path, clip_folder, config=config)
+    assert torch.equal(beside.text(TEXTS), elsewhere.text(TEXTS))
+
+
 def test_the_shape_is_that_of_vit_h14():
     config = vit_h14()
     assert (config.projection_dim, config.vision_config.image_size, config.text_config.max_position_embeddings) == (1024, 224, 77)

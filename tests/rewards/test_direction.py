@@ -102,7 +102,7 @@ def test_projection_forgets_how_safe_the_prompt_was(seed, alpha):
 
 
 def test_a_gated_target_needs_a_gate():
-    with pytest.raises(UserError, match="has no gate.*at least 10 safe and 10 unsafe"):
+    with pytest.raises(UserError, match=r"has no gate.*at least 10 safe and 10 unsafe"):
         steered_target(units(0, 2, D), direction(gate=False), 0.5, "gated")
 
 
@@ -164,6 +164,7 @@ def test_shrinkage_is_that_of_ledoit_and_wolf():
     shrunk = b2 / d2 * m * np.eye(6) + (1 - b2 / d2) * s
     w = np.linalg.inv(shrunk) @ (safe.mean(0) - unsafe.mean(0))
     np.testing.assert_allclose(discriminant(safe, unsafe), w / np.linalg.norm(w))
+
 
 def test_the_gate_opens_for_unsafe_texts_only():
     gate = fit_gate(cloud(0, 40, 0.5).double().numpy(), cloud(1, 40, -0.5).double().numpy())

@@ -1,0 +1,40 @@
+"""`safediffusion demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+safediffusion demo --out runs/demo
+
+safediffusion demo --out runs/other-seed --seed 1
+"""
+RECIPE = Path(__file__).parent.parent / "recipes" / "demo.toml"
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same command again resumes it.", show_default=False)],
+    seed: Annotated[int, typer.Option(help="Of the training. Test pictures have the same seeds always.", min=0)] = 0,
+) -> None:
+    """Make the embedded model safe, measure it before and after, and write a report: the whole road in minutes."""
+    from safediffusion.cli.terminal import print_results, progress_console
+    from safediffusion.measurement import measure
+    from safediffusion.provenance import Seconds
+    from safediffusion.report.page import write_report
+    from safediffusion.training import load_recipe, post_train
+
+    began, console = Seconds.now(), progress_console()
+    spelled = ["safediffusion", "demo", "--out", str(out), "--seed", str(seed)]
+    trained = post_train(load_recipe(RECIPE, [f"seed={seed}"]), out, command=spelled, console=console)
+    console.print(f"{trained.model} holds {trained.origin}")
+    results = measure(out, "pictograms", out=out, command=spelled, console=console, spent=trained.spent)
+    page = write_report([out], out / "report")
+    print_results(results)
+    typer.echo(f"\nThe report: {page}\nThe model: {trained.model} (a diffusers folder)")
+    whole = Seconds(results.run["wall_seconds"], results.run["cpu_seconds"])
+    typer.echo(f"Training and measuring took {whole}; this command {Seconds.now() - began}.")

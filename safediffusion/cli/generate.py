@@ -1,0 +1,58 @@
+"""`safediffusion generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+safediffusion generate pictograms --prompt "a red circle left of a blue star" --out pictures
+
+safediffusion generate runs/pictograms --prompts prompts.txt --samples 4 --out pictures
+
+safediffusion generate ./my-model --prompt "a harbour at dawn" --steps 30 --guidance 7.5 --dtype bfloat16 --out pictures
+"""
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a run folder, a hub id, or `pictograms`.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the PNG files and of manifest.jsonl; the same command again adds what is missing.", show_default=False)],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to paint; may be given more than once.", show_default=False)] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A .txt, .jsonl or .csv file of prompts.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of a prompt's first picture; the next one has the next seed.", min=0)] = 0,
+    samples: Annotated[int, typer.Option(help="Pictures per prompt.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 5.0,
+    size: Annotated[int | None, typer.Option(help="Pixels of a side.", show_default="the model's own", min=8)] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures at once; memory, not results.", min=1)] = 16,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Arithmetic of the denoiser; bfloat16 is faster on a GPU.")] = "float32",
+    revision: Annotated[str | None, typer.Option(help="Of a hub model; pin it.", show_default=False)] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="the best there is")] = None,
+) -> None:
+    """Paint pictures. Prompts are screened first; a picture depends on its prompt and seed alone."""
+    from rich.progress import Progress
+
+    from safediffusion import build
+    from safediffusion.cli.terminal import progress_columns, progress_console
+    from safediffusion.data.prompts import read_prompts
+    from safediffusion.errors import UserError
+    from safediffusion.generation import Setting, generate
+    from safediffusion.measurement import locate
+    from safediffusion.types import Prompt
+
+    if prompts is None and not prompt:
+        raise UserError('there is nothing to paint; give --prompt "..." or --prompts FILE')
+    if any(not text.strip() for text in prompt or ()):
+        raise UserError("--prompt is empty; say what to paint")
+    asked = [*(Prompt(text.strip()) for text in prompt or ()), *(read_prompts(prompts) if prompts else ())]
+    setting = Setting(steps, guidance, size, dtype)
+    with Progress(*progress_columns(), console=progress_console()) as progress:
+        at = build.device(device)
+        done = generate(locate(model, revision), asked, out, setting=setting, seed=seed, samples=samples, batch=batch_size, device=at, progress=progress)
+    typer.echo(f"{out} holds {done.painted + done.there_before} pictures: {done.painted} new, {done.there_before} there before")
+    if done.refused:
+        typer.echo(f"{done.refused} of {len(asked)} prompts were refused by the prompt screen")

@@ -1,0 +1,34 @@
+"""`safediffusion report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+safediffusion report runs/pictograms
+
+safediffusion report runs/demo runs/pictograms runs/without-kl --out comparison
+"""
+
+
+def command(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders or folders of `safediffusion evaluate`.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder of index.html.", show_default="report in the first DIR")] = None,
+) -> None:
+    """Write one self-contained HTML page: verdict, numbers, pictures, curves; several folders are compared."""
+    from safediffusion.errors import UserError
+    from safediffusion.report.page import write_report
+
+    try:
+        page = write_report(folders, out or folders[0] / "report")
+    except (FileNotFoundError, ValueError) as error:
+        # The report room speaks in sentences of its own; a file that the system could not find has a number instead.
+        if isinstance(error, FileNotFoundError) and error.errno is not None:
+            raise
+        raise UserError(str(error)) from error
+    typer.echo(str(page))

@@ -1,0 +1,39 @@
+"""Where a command writes: results on stdout, everything that comes and goes on stderr."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import ProgressColumn
+
+    from safediffusion.report.results import Results
+
+
+def progress_console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def progress_columns() -> tuple[ProgressColumn, ...]:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+
+
+def print_results(results: Results) -> None:
+    """The table and the verdict."""
+    from rich.console import Console
+
+    from safediffusion.report.tables import terminal_table
+    from safediffusion.report.verdict import verdict
+
+    judged = verdict(results)
+    console = Console(highlight=False)
+    console.print(terminal_table(results))
+    console.print()
+    console.print(judged.headline, markup=False)
+    for note in judged.notes:
+        console.print(note, markup=False)

@@ -1,0 +1,129 @@
+"""Pictures for prompts, each a function of (prompt, seed) alone, with a manifest that a second command goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safediffusion.errors import UserError
+from safediffusion.files import append_jsonl, check_writable, read_jsonl
+from safediffusion.types import Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from rich.progress import Progress
+
+    from safediffusion.policies.latent import LatentPolicy
+
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How pictures are painted; all of it is part of a picture's identity."""
+
+    steps: int = 25
+    guidance: float = 5.0
+    size: int | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"--steps should be at least 1, but is {self.steps}")
+        if self.guidance < 1:
+            raise UserError(f"--guidance should be at least 1 (no guidance), but is {self.guidance:g}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to be: its prompt, its seed, its place in the manifest."""
+
+    prompt: str
+    seed: int
+    key: str
+
+    @property
+    def file(self) -> str:
+        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:40].strip("-")
+        return f"{words or 'picture'}-{self.seed}-{self.key[:8]}.png"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a generation did."""
+
+    painted: int
+    there_before: int
+    refused: int
+
+
+def generate(
+    model: Path,
+    prompts: Sequence[Prompt],
+    out: Path,
+    *,
+    setting: Setting,
+    seed: int,
+    samples: int,
+    batch: int,
+    device: torch.device,
+    progress: Progress,
+) -> Generated:
+    """Screen the prompts, then write a PNG and a line of the manifest for each picture that is not there yet."""
+    from safediffusion.data.screen import screen
+    from safediffusion.hub import describe_model
+
+    screened = screen(prompts)
+    if not screened.kept:
+        raise UserError(f"the prompt screen refused all {len(screened.refused)} prompts; nothing was painted")
+    check_writable(out)
+    identity = json.dumps([describe_model(model), asdict(setting)], sort_keys=True)
+    texts = dict.fromkeys(prompt.text for prompt in screened.kept)
+    items = [_item(text, seed + k, identity) for text in texts for k in range(samples)]
+    there = {row.get("key") for row in (read_jsonl(out / MANIFEST) if (out / MANIFEST).is_file() else [])}
+    missing = [item for item in items if item.key not in there or not (out / item.file).is_file()]
+    if missing:
+        task = progress.add_task("painting", total=len(items), completed=len(items) - len(missing))
+        policy = _policy(model, setting, device)
+        for start in range(0, len(missing), batch):
+            part = missing[start : start + batch]
+            _write(policy, part, setting, out, there)
+            progress.advance(task, len(part))
+    return Generated(len(missing), len(items) - len(missing), len(screened.refused))
+
+
+def _item(text: str, seed: int, identity: str) -> Item:
+    return Item(text, seed, hashlib.sha256(json.dumps([text, seed, identity]).encode()).hexdigest())
+
+
+def _policy(model: Path, setting: Setting, device: torch.device) -> LatentPolicy:
+    from typing import cast
+
+    from safediffusion.policies.latent import PolicySettings, Precision, load_policy
+
+    return load_policy(model, PolicySettings(train="full", dtype=cast("Precision", setting.dtype), image_size=setting.size), device)
+
+
+def _write(policy: LatentPolicy, items: Sequence[Item], setting: Setting, out: Path, there: set[Any]) -> None:
+    import torch
+
+    from safediffusion.images import save_png
+    from safediffusion.process.diffusion import Diffusion
+    from safediffusion.rollout import walk
+    from safediffusion.seeds import generator, noise_for
+
+    with torch.no_grad():
+        condition = policy.encode([item.prompt for item in items])
+        start = noise_for([(item.prompt, item.seed) for item in items], policy.sample_shape).to(condition.device)
+        process = Diffusion.from_scheduler(policy.scheduler_config, setting.steps, eta=0.0)
+        clean = walk(policy, process, condition, start, setting.guidance, generator("unused")).clean
+        images = policy.decode(clean).cpu()
+    for item, image in zip(items, images, strict=True):
+        save_png(image, out / item.file)
+        if item.key not in there:  # its line is there and only its file was removed
+            append_jsonl(out / MANIFEST, {"key": item.key, "file": item.file, "prompt": item.prompt, "seed": item.seed, **asdict(setting)})

@@ -1,0 +1,123 @@
+"""The shipped folders: what the build has trained so far, in the formats that diffusers and transformers read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPTokenizer
+
+from safediffusion import files, weights
+from safediffusion.errors import UserError
+from safediffusion.tiny import networks
+from safediffusion.tiny.folders import replacing
+from safediffusion.tiny.scenes import SIZE
+
+PARTS = ("detector", "pipeline", "reward", "judge")
+LIMIT = 16_000_000  # bytes in all: the wheel carries them
+# What a CLIPModel is fed with. transformers can write this file only where torchvision is installed.
+_PIXELS = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": SIZE},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": SIZE, "width": SIZE},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+    "do_convert_rgb": True,
+}
+
+
+def package(work: Path, out: Path) -> tuple[str, ...]:
+    """Write to `out` each part that `work` holds, with the hash of every file; the names of the parts written.
+
+    The base model is taken from its newest checkpoint (the averaged weights), so it may be packaged while it trains.
+    A part that `work` does not hold is left out. `out` is replaced as a whole.
+    """
+    check_target(out)
+    with files.explained(out), replacing(out) as new:
+        _detector(work, new / "detector")
+        _pipeline(work, new / "pipeline")
+        for name in ("reward", "judge"):
+            _clip(work / "out" / name, new / name)
+        parts = tuple(part for part in PARTS if (new / part).is_dir())
+        if not parts:
+            raise UserError(f"{work} holds no trained model yet; run `safediffusion tiny build` with it as its work folder")
+        _seal(new)
+    return parts
+
+
+def check_target(out: Path) -> None:
+    """UserError unless `out` is free or holds an earlier package: it is replaced as a whole."""
+    with files.explained(out):
+        if out.exists() and not (out / "hashes.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists and holds something other than packaged weights; choose another folder")
+
+
+def _detector(work: Path, folder: Path) -> None:
+    if (work / "out" / "detector.safetensors").exists():
+        folder.mkdir()
+        shutil.copyfile(work / "out" / "detector.safetensors", folder / "model.safetensors")
+
+
+def _clip(source: Path, folder: Path) -> None:
+    """A CLIPModel with its tokenizer, and how its pictures are normalised."""
+    if not (source / "model.safetensors").exists():
+        return
+    CLIPModel.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
+    CLIPTokenizer.from_pretrained(source).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(_PIXELS, indent=2) + "\n", encoding="utf-8")
+
+
+def _pipeline(work: Path, folder: Path) -> None:
+    base, vae = work / "base.safetensors", work / "out" / "vae"
+    if not (base.exists() and (vae / "config.json").exists()):
+        return
+    tensors = weights.strip_prefix("average", weights.load(base)[0])
+    tokenizer = CLIPTokenizer.from_pretrained(work / "out" / "tokenizer")
+    text_encoder, unet = networks.text_encoder(tokenizer), networks.unet()
+    text_encoder.load_state_dict(weights.strip_prefix("text", tensors))
+    unet.load_state_dict(weights.strip_prefix("unet", tensors))
+    autoencoder = AutoencoderKL.from_pretrained(vae)
+    autoencoder.register_to_config(scaling_factor=latent_scale(work))
+    StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=networks.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    for part in ("unet", "vae"):
+        _halve(folder / part / "diffusion_pytorch_model.safetensors")
+
+
+def latent_scale(work: Path) -> float:
+    """The factor by which the pipeline's latents get a standard deviation of 1."""
+    return 1 / torch.load(work / "latents.pt").std().item()
+
+
+def _halve(file: Path) -> None:
+    """Half the size; diffusers reads float16 files into float32 models. Transformers does not, so its models stay as they are."""
+    save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def _seal(folder: Path) -> None:
+    """hashes.json: what each file must be, for `hub.verify`."""
+    listed = sorted(path for path in folder.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in listed)
+    if size > LIMIT:
+        raise UserError(f"the weights take {size:,} bytes, but the package carries at most {LIMIT:,}")
+    for path in listed:
+        path.chmod(0o644)  # some writers leave files that only their owner can read
+    files.write_json(folder / "hashes.json", {path.relative_to(folder).as_posix(): weights.sha256(path) for path in listed})

@@ -1,0 +1,120 @@
+"""How good the shipped models are: measured on what none of them was trained on, kept in quality.json and told in README.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safediffusion import files, weights
+from safediffusion.data.anchors import load_anchors
+from safediffusion.data.sets import load_set
+from safediffusion.detectors.objects import ObjectDetector
+from safediffusion.encoders.clip import ClipEncoder
+from safediffusion.evaluate.pictograms import SETS, Judges
+from safediffusion.evaluate.run import AS_IT_IS, Extent, find, load_sets
+from safediffusion.evaluate.statistics import Estimate, rate
+from safediffusion.images import from_uint8
+from safediffusion.policies.latent import load_policy
+from safediffusion.rewards.direction import auc, fit_direction
+from safediffusion.tiny.contrast import render_twins, retrieval
+from safediffusion.tiny.pretrain import World, detector_exactness, render_world
+from safediffusion.tiny.quality_page import page
+
+# A build draws from the seeds 1000 s + 0 ... 12, so these pictures are new to every model.
+_SCENES_SEED, _TWINS_SEED = 99, 77
+_AMONG = 256  # captions that a picture's own has to be found in
+_BATCH = 250
+
+
+def describe(folder: Path, out: Path, scenes: int = 2000, twins: int = 512, extent: Extent | None = None) -> dict[str, Any]:
+    """Measure the packaged weights in `folder`; write quality.json and README.md to `out`. Takes some minutes."""
+    quality = measure(folder, scenes, twins, extent or Extent())
+    files.write_json(out / "quality.json", quality)
+    files.write_text(out / "README.md", page(quality))
+    return quality
+
+
+def measure(folder: Path, scenes: int, twins: int, extent: Extent) -> dict[str, Any]:
+    """Every number with its count and 95 % interval. `weights` names the package that they belong to."""
+    world = render_world(scenes, _SCENES_SEED)
+    detector = ObjectDetector.load(folder / "detector" / "model.safetensors")
+    encoders = {name: ClipEncoder.load(folder / name) for name in ("reward", "judge")}
+    judges = Judges(detector, encoders["judge"])
+    base = find({"base": folder / "pipeline"}, load_sets(extent), judges, extent, torch.device("cpu"), lambda *_: None)
+    measured = {
+        "detector": {"exact": _detector(detector, world).as_dict()},
+        "autoencoder": {"exact": _autoencoder(folder / "pipeline", detector, world).as_dict()},
+        **{name: _clip(encoder, world, twins) for name, encoder in encoders.items()},
+        "base": base.models["base"],
+    }
+    return {"schema": 1, "weights": weights.sha256(folder / "hashes.json"), "files": _sizes(folder), "models": measured}
+
+
+def _detector(detector: ObjectDetector, world: World) -> Estimate:
+    parts = torch.arange(len(world.scenes)).split(_BATCH)
+    return rate(torch.cat([detector_exactness(detector, world.images(part), [world.scenes[i] for i in part]) for part in parts]))
+
+
+@torch.no_grad()
+def _autoencoder(pipeline: Path, detector: ObjectDetector, world: World) -> Estimate:
+    """Whether a picture that went through the latents is still read exactly."""
+    policy, exact = load_policy(pipeline, AS_IT_IS), []
+    for part in torch.arange(len(world.scenes)).split(_BATCH):
+        rebuilt = policy.decode(policy.encode_images(world.images(part)))
+        exact.append(detector_exactness(detector, rebuilt, [world.scenes[i] for i in part]))
+    return rate(torch.cat(exact))
+
+
+def _clip(encoder: ClipEncoder, world: World, twins: int) -> dict[str, Any]:
+    """Retrieval among near-twins, and how well the anchors' direction tells safe from unsafe, unseen hazards included."""
+    found, chance = _retrieval(encoder, twins)
+    direction = fit_direction(encoder, load_anchors("pictograms")).vector
+    with torch.no_grad():
+        parts = torch.arange(len(world.scenes)).split(_BATCH)
+        pictures = torch.cat([encoder.image(world.images(part)) for part in parts]) @ direction
+    dangerous = torch.tensor([any(not thing.colour for thing in scene.objects) for scene in world.scenes])
+    prompts = [prompt for name in SETS.values() for prompt in load_set(name)]
+    texts = encoder.text([prompt.text for prompt in prompts]) @ direction
+    unsafe = torch.tensor([prompt.unsafe for prompt in prompts])
+    return {
+        "retrieval": found.as_dict(),
+        "retrieval_chance": chance,
+        "auc/pictures": _auc(pictures[~dangerous].tolist(), pictures[dangerous].tolist()).as_dict(),
+        "auc/prompts": _auc(texts[~unsafe].tolist(), texts[unsafe].tolist()).as_dict(),
+    }
+
+
+def _retrieval(encoder: ClipEncoder, twins: int) -> tuple[Estimate, float]:
+    """How often the nearest of 256 captions is the picture's own, and how often a blind choice would be."""
+    pixels, captions = render_twins(twins, _TWINS_SEED)
+    hits, chances = [], []
+    for start in range(0, len(captions), _AMONG):
+        shown = captions[start : start + _AMONG]
+        tokens = encoder.tokenizer(shown, padding="max_length", truncation=True, return_tensors="pt")
+        same = torch.tensor([[one == other for other in shown] for one in shown])
+        hits.append(retrieval(encoder.model, from_uint8(pixels[start : start + _AMONG]), tokens.input_ids, tokens.attention_mask, same))
+        chances.append(same.float().mean().item())
+    return rate(torch.cat(hits)), sum(chances) / len(chances)
+
+
+def _auc(safe: Sequence[float], unsafe: Sequence[float]) -> Estimate:
+    """The area with the interval of Hanley and McNeil (Radiology 143, 1982)."""
+    area, n, m = auc(safe, unsafe), len(safe), len(unsafe)
+    one, two = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = (area * (1 - area) + (n - 1) * (one - area**2) + (m - 1) * (two - area**2)) / (n * m)
+    half = 1.96 * math.sqrt(variance)
+    return Estimate(area, max(0.0, area - half), min(1.0, area + half), n + m)
+
+
+def _sizes(folder: Path) -> dict[str, dict[str, int]]:
+    """Weights and bytes of each model, and the bytes of all files."""
+    sizes = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        count = sum(tensor.numel() for tensor in weights.load(path)[0].values())
+        sizes[path.parent.relative_to(folder).as_posix()] = {"parameters": count, "bytes": path.stat().st_size}
+    everything = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {**sizes, "all": {"parameters": sum(size["parameters"] for size in sizes.values()), "bytes": everything}}

@@ -1,0 +1,174 @@
+"""How each network of the embedded world is trained: on what, for how long, from which seed.
+
+The shipped weights come from these numbers with `first` = 0, in this order of draws, on one thread. A stage keeps its
+checkpoint in `work`/NAME.safetensors and leaves its network in `work`/out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from safediffusion import weights
+from safediffusion.detectors.objects import ObjectDetector
+from safediffusion.tiny import networks
+from safediffusion.tiny.contrast import cached_twins, contrast_loss
+from safediffusion.tiny.fit import CHECKPOINT_EVERY, fit, learning_rate
+from safediffusion.tiny.folders import replacing
+from safediffusion.tiny.pretrain import World, autoencoder_loss, cached_world, denoising_loss, detector_loss, detector_targets, worn
+
+_READ = 24_000  # pictures the detector learns from
+# The shipped base was begun for 14,000 steps and shortened at step 2,500. The rate follows what happened, or these
+# numbers would not give those weights.
+_BEGUN_FOR, _SHORTENED_AT = 14_000, 2_500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of each training, and the pictures they draw from. The defaults made the shipped weights."""
+
+    detector: int = 1500
+    autoencoder: int = 2000
+    reward: int = 2500
+    judge: int = 2000
+    base: int = 4_500
+    pictures: int = 60_000
+    twins: int = 30_000
+    checkpoint_every: int = CHECKPOINT_EVERY
+
+
+def detector(work: Path, plan: Plan, first: int) -> None:
+    world = _world(work, plan, first)
+    known = min(_READ, plan.pictures)
+    torch.manual_seed(first)
+    network = ObjectDetector()
+    targets = detector_targets(world.scenes[:known])
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index = torch.randint(known, (64,), generator=generator)
+        return detector_loss(network, worn(world.images(index), generator), tuple(part[index] for part in targets))
+
+    fit("detector", network, loss, work, steps=plan.detector, peak=3e-3, seed=first + 1, ema=0.995, checkpoint_every=plan.checkpoint_every)
+    weights.save(work / "out" / "detector.safetensors", network.state_dict())
+
+
+def autoencoder(work: Path, plan: Plan, first: int) -> None:
+    world = _world(work, plan, first)
+    torch.manual_seed(first + 1)
+    network = networks.autoencoder()
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index = torch.randint(plan.pictures, (48,), generator=generator)
+        return autoencoder_loss(network, world.images(index), generator)
+
+    fit("vae", network, loss, work, steps=plan.autoencoder, peak=2e-3, seed=first + 2, ema=0.995, checkpoint_every=plan.checkpoint_every)
+    with replacing(work / "out" / "vae") as folder:
+        network.save_pretrained(folder)
+
+
+def reward(work: Path, plan: Plan, first: int) -> None:
+    _contrast("reward", work, plan, first + 11, plan.reward, text_width=64, vision_width=96, layers=3)
+
+
+def judge(work: Path, plan: Plan, first: int) -> None:
+    """Other pictures, another shape and another seed than the reward's: what it sees, training never followed."""
+    _contrast("judge", work, plan, first + 12, plan.judge, text_width=96, vision_width=64, layers=4)
+
+
+def _contrast(name: str, work: Path, plan: Plan, seed: int, steps: int, text_width: int, vision_width: int, layers: int) -> None:
+    pixels, captions = cached_twins(work, plan.twins, seed)
+    number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    meaning = torch.tensor([number[caption] for caption in captions])
+    with replacing(work / "out" / name) as folder:
+        tokenizer = networks.build_tokenizer(captions[:6000], folder)
+        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        torch.manual_seed(seed)
+        network = networks.clip(tokenizer, text_width, vision_width, layers)
+
+        def loss(generator: torch.Generator) -> Tensor:
+            index = torch.randint(plan.twins, (48,), generator=generator) * 2
+            index = torch.cat([index, index + 1])
+            images = torch.from_numpy(pixels[index.numpy()]).permute(0, 3, 1, 2).float() / 255
+            same = meaning[index][:, None] == meaning[index][None]
+            return contrast_loss(network, worn(images, generator), tokens.input_ids[index], tokens.attention_mask[index], same)
+
+        fit(name, network, loss, work, steps=steps, peak=1e-3, seed=seed, ema=0.998, checkpoint_every=plan.checkpoint_every)
+        network.eval().save_pretrained(folder)
+
+
+def base(work: Path, plan: Plan, first: int) -> None:
+    world = _world(work, plan, first)
+    latents = _latents(work, world)
+    latents = latents * (1 / latents.std().item())
+    with replacing(work / "out" / "tokenizer") as folder:
+        tokenizer = networks.build_tokenizer(list(world.captions[:8000]), folder)
+    tokens = tokenizer(list(world.captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids
+    torch.manual_seed(first + 3)
+    unet = networks.unet().to(memory_format=torch.channels_last)  # a third faster on a CPU
+    text_encoder = networks.text_encoder(tokenizer)
+    schedule = networks.scheduler().alphas_cumprod
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index = torch.randint(plan.pictures, (48,), generator=generator)
+        return denoising_loss(unet, text_encoder, schedule, latents[index], tokens[index], empty, generator)
+
+    def rate(step: int) -> float:
+        return learning_rate(step, _BEGUN_FOR if step < _SHORTENED_AT else plan.base, 1e-3)
+
+    fit(
+        "base",
+        torch.nn.ModuleDict({"unet": unet, "text": text_encoder}),
+        loss,
+        work,
+        steps=plan.base,
+        peak=1e-3,
+        rate=rate,
+        seed=first + 4,
+        ema=0.9992,
+        weight_decay=1e-3,
+        checkpoint_every=plan.checkpoint_every,
+    )
+    for name, network in (("unet", unet), ("text_encoder", text_encoder)):
+        with replacing(work / "out" / name) as folder:
+            network.save_pretrained(folder)
+
+
+def _world(work: Path, plan: Plan, first: int) -> World:
+    return cached_world(work, plan.pictures, first + 1)
+
+
+@torch.no_grad()
+def _latents(work: Path, world: World) -> Tensor:
+    """The latents of all pictures `(N, 4, 8, 8)` as the autoencoder gives them, kept in `work`."""
+    path = work / "latents.pt"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(work / "out" / "vae").eval()
+        parts = torch.arange(len(world.scenes)).split(500)
+        latents = torch.cat([vae.encode(world.images(part) * 2 - 1).latent_dist.mean for part in parts])
+        torch.save(latents, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    return torch.load(path)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the build. `needs` are the stages whose result it reads; `result` is the file, under work/out, that it ends with."""
+
+    run: Callable[[Path, Plan, int], None]
+    result: str
+    needs: tuple[str, ...] = ()
+
+
+TRAINING = {
+    "detector": Stage(detector, "detector.safetensors"),
+    "autoencoder": Stage(autoencoder, "vae/diffusion_pytorch_model.safetensors"),
+    "reward": Stage(reward, "reward/model.safetensors"),
+    "judge": Stage(judge, "judge/model.safetensors"),
+    "base": Stage(base, "text_encoder/model.safetensors", ("autoencoder",)),
+}

@@ -1,0 +1,58 @@
+"""From a run folder to a model: which checkpoint, and whose weights of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from safediffusion.errors import UserError
+from safediffusion.train import checkpoint
+from safediffusion.train.loop import BEST
+from safediffusion.weights import CorruptFile
+
+Which = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The weights to export, by name, and where they come from in words."""
+
+    which: Which
+    step: int
+    weights: dict[str, Tensor]
+
+    def __str__(self) -> str:
+        words = {"best": "the best checkpoint by the probes", "last": "the last checkpoint"}[self.which]
+        return f"{words} (iteration {self.step})"
+
+
+def choose(folder: Path, names: Sequence[str], which: Which | None = None) -> Chosen:
+    """The best checkpoint where probes found one, else the last; `which` insists. UserError when it is not there.
+
+    `names` are the policy's own, in its order: a file of weights has lost it, and averages are kept by number.
+    """
+    if which != "last" and (folder / BEST).is_file():
+        try:
+            best = checkpoint.read(folder / BEST)
+        except CorruptFile as error:
+            if which == "best":
+                raise UserError(f"{error}; pass --checkpoint last") from None
+            warnings.warn(f"{error}; the last checkpoint is taken instead", stacklevel=2)
+        else:
+            return Chosen("best", best.progress.step, best.policy)
+    if which == "best":
+        raise UserError(f"{folder} has no best checkpoint: its run was not probed, or no probe passed; pass --checkpoint last")
+    last = checkpoint.latest(folder / "checkpoints")
+    if last is None:
+        raise UserError(f"{folder} holds no checkpoint yet; go on with its training first")
+    return Chosen("last", last.progress.step, _averaged(last, names))
+
+
+def _averaged(last: checkpoint.Checkpoint, names: Sequence[str]) -> dict[str, Tensor]:
+    """The averaged weights of a run that has them (`optimizer.ema`): they are what its probes measured."""
+    return {name: last.average[str(i)] for i, name in enumerate(names)} if last.average else last.policy

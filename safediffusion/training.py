@@ -1,0 +1,115 @@
+"""One training from a recipe to a model in a folder, for the command and for Python alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safediffusion.config import dump, override, read_toml, resolve
+from safediffusion.errors import UserError
+from safediffusion.files import explained, write_json
+from safediffusion.provenance import Seconds
+from safediffusion.train import run_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from safediffusion.policies.latent import LatentPolicy
+    from safediffusion.recipe import Recipe
+    from safediffusion.train.export import Which
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: its model, where the weights come from in words, and what the run took over all its sittings."""
+
+    model: Path
+    origin: str
+    iterations: int
+    spent: Seconds
+
+
+def load_recipe(path: Path | str, assignments: Sequence[str] = ()) -> Recipe:
+    """The recipe of a TOML file, with `key.path=value` set; UserError for a mistake or an impossible combination."""
+    from safediffusion.recipe import Recipe, check
+
+    return check(resolve(Recipe, override(read_toml(path), assignments), str(path)))
+
+
+def post_train(recipe: Recipe | Path | str, out: Path | str, *, command: Sequence[str] = (), console: Console | None = None) -> Trained:
+    """Train, or go on with the run in `out`, until its steps are done or it stops early; then write `out`/model.
+
+    The model is a diffusers folder of the best checkpoint by the probes, or of the last one without probes.
+    """
+    from accelerate import Accelerator
+
+    from safediffusion import build
+    from safediffusion.train.loop import train
+
+    began, out = Seconds.now(), Path(out)
+    recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
+    console = console or _silent()
+    with run_folder.entered(out, dump(recipe), build.identity(recipe), command):
+        accelerator = Accelerator(log_with=build.trackers(recipe) or None, project_dir=out)
+        run, measures = build.run(recipe, accelerator)
+        if measures:
+            write_json(out / "direction.json", measures)
+        if recipe.log.trackers:
+            accelerator.init_trackers("safediffusion", config=_flat(dataclasses.asdict(recipe)))
+        at_desk = Seconds.now()
+        progress = train(run, out, console, lambda record, step: accelerator.log(_numbers(record), step=step))
+        accelerator.end_training()
+        # The loop counts its own time over all sittings; what it took to build things comes on top.
+        spent = Seconds(progress.seconds, progress.cpu_seconds) + (at_desk - began)
+        origin = export_run(out, run.learner.policy, out / run_folder.MODEL)
+    return Trained(out / run_folder.MODEL, origin, progress.step, spent)
+
+
+def open_run(folder: Path) -> tuple[Recipe, LatentPolicy]:
+    """The recipe of a run folder and its policy at the base weights. UserError for what is no run folder."""
+    from safediffusion.hub import resolve_model
+    from safediffusion.policies.latent import load_policy
+
+    if not run_folder.is_run(folder):
+        raise UserError(f"{folder} is not the folder of a run: it has no {run_folder.FACTS} and {run_folder.RECIPE}; give the --out of a `safediffusion train`")
+    recipe = load_recipe(folder / run_folder.RECIPE)
+    return recipe, load_policy(resolve_model(recipe.model, recipe.revision), recipe.policy)
+
+
+def export_run(folder: Path, policy: LatentPolicy, to: Path, which: Which | None = None, lora: bool = False) -> str:
+    """Write the chosen weights of a run as a diffusers folder or as LoRA; says in words which they are."""
+    from safediffusion.train.export import choose
+
+    chosen = choose(folder, list(policy.state()), which)
+    try:
+        policy.load_state(chosen.weights)
+    except ValueError as error:
+        raise UserError(f"the checkpoints of {folder} do not fit its recipe: {error}") from None
+    with explained(to):
+        (policy.save_lora if lora else policy.save_pipeline)(to)
+    return str(chosen)
+
+
+def _silent() -> Console:
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in record.items() if isinstance(value, int | float)}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """What trackers take for hyper-parameters: no tables, no lists."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, str | int | float | bool) else json.dumps(value)
+    return flat
