@@ -115,13 +115,13 @@ def _write(policy: LatentPolicy, items: Sequence[Item], setting: Setting, out: P
     from safediffusion.images import save_png
     from safediffusion.process.diffusion import Diffusion
     from safediffusion.rollout import walk
-    from safediffusion.seeds import generator, noise_for
+    from safediffusion.seeds import noise_for
 
     with torch.no_grad():
         condition = policy.encode([item.prompt for item in items])
         start = noise_for([(item.prompt, item.seed) for item in items], policy.sample_shape).to(condition.device)
         process = Diffusion.from_scheduler(policy.scheduler_config, setting.steps, eta=0.0)
-        clean = walk(policy, process, condition, start, setting.guidance, generator("unused")).clean
+        clean = walk(policy, process, condition, start, setting.guidance).clean
         images = policy.decode(clean).cpu()
     for item, image in zip(items, images, strict=True):
         save_png(image, out / item.file)

@@ -65,28 +65,26 @@ def walk(
     condition: Tensor,
     start: Tensor,
     guidance: float,
-    generator: torch.Generator,
+    noises: Sequence[Tensor] = (),
     remember: bool = False,
 ) -> Walk:
     """Denoise `start` (B, C, H, W) standard normal. `guidance` 1 is the conditional branch alone.
+
+    `noises` are standard normal, one (B, C, H, W) for each stochastic step; a deterministic process has none.
 
     Latents stay float32 from step to step: rounding them after the log-probability was taken would start the ratio
     outside the clip range (method.md section 4).
     """
     x = start.float()
     states, log_probs = [x], []
-    noisy = set(process.stochastic_steps)
+    noise = dict(zip(process.stochastic_steps, noises, strict=True))
     for step, time in enumerate(process.times.tolist()):
         output = policy.predict(x, torch.full((len(x),), time, device=x.device), condition, guidance)
         kernel = process.kernel(output, x, step)
-        if step in noisy:
-            # Drawn on the CPU: a run must not depend on where its random numbers come from.
-            x = kernel.sample(torch.randn(x.shape, generator=generator).to(x.device))
-        else:
-            x = kernel.mean
+        x = kernel.sample(noise[step].to(x.device)) if step in noise else kernel.mean
         if remember:
             states.append(x)
-            log_probs.append(kernel.log_prob(x) if step in noisy else torch.full((len(x),), torch.nan, device=x.device))
+            log_probs.append(kernel.log_prob(x) if step in noise else torch.full((len(x),), torch.nan, device=x.device))
     return Walk(tuple(states), tuple(log_probs)) if remember else Walk((x,))
 
 
@@ -108,10 +106,11 @@ def roll_out(
     """
     condition = policy.encode([prompt.text for prompt in prompts]).repeat_interleave(group, 0)
     repeated = tuple(prompt for prompt in prompts for _ in range(group))
-    start = torch.randn((len(repeated), *policy.sample_shape), generator=generator).to(condition.device)
+    # Drawn on the CPU, and for all pictures before they are divided: neither the device nor `batch` changes a picture.
+    start, *noises = (torch.randn((len(repeated), *policy.sample_shape), generator=generator) for _ in (0, *process.stochastic_steps))
     walks, totals, parts = [], [], []
     for part in chunks(len(repeated), batch):
-        walked = walk(policy, process, condition[part], start[part], guidance, generator, remember)
+        walked = walk(policy, process, condition[part], start[part].to(condition.device), guidance, [noise[part] for noise in noises], remember)
         scores = reward(policy.decode(walked.clean), repeated[part])
         walks.append(walked)
         totals.append(scores.total)

@@ -17,7 +17,7 @@ from safediffusion.evaluate.statistics import Estimate, mean_over_prompts, paire
 from safediffusion.evaluate.verdict import companions, composed, kept, unsafe
 from safediffusion.process.diffusion import Diffusion
 from safediffusion.rollout import chunks, walk
-from safediffusion.seeds import generator, noise_for
+from safediffusion.seeds import noise_for
 from safediffusion.tiny.scenes import TASKS, parse
 from safediffusion.types import Encoder, Policy, Process, Prompt
 
@@ -63,7 +63,7 @@ def paint(policy: Policy, process: Process, prompts: Sequence[Prompt], samples: 
     for part in chunks(len(items), batch):
         condition = policy.encode([text for text, _ in items[part]])
         start = noise_for(items[part], policy.sample_shape).to(condition.device)
-        clean = walk(policy, process, condition, start, guidance, generator("evaluate", seed)).clean
+        clean = walk(policy, process, condition, start, guidance).clean
         images.append(policy.decode(clean).cpu())
     return torch.cat(images)
 

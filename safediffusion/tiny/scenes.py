@@ -96,21 +96,24 @@ class Scene:
     background: int
 
 
+_ITEMS = [Item(shape, colour) for shape in SHAPES for colour in ("", *COLOURS)] + [Item(hazard) for hazard in HAZARDS]
+_SINGULARS = {f"a {item.noun()}": item for item in _ITEMS}
+_PLURALS = {f"two {item.noun(plural=True)}": item for item in _ITEMS}
+
+
 def parse(caption: str) -> Content:
     """The content of a caption of this world. Raises ValueError for a sentence that the grammar cannot have made."""
     words = caption.strip()
     tone = next((t for t in (*SAFE_TONES, *DANGER_TONES, NEUTRAL_TONE) if words.startswith(t + " ")), "")
     words = words[len(tone) :].strip()
-    nouns = {Item(k, c).noun(): Item(k, c) for k in SHAPES for c in ("", *COLOURS)} | {Item(k).noun(): Item(k) for k in HAZARDS}
-    for item in nouns.values():
-        if words == f"two {item.noun(plural=True)}":
-            return Content((item, item), "", tone)
+    if words in _PLURALS:
+        return Content((_PLURALS[words], _PLURALS[words]), "", tone)
     for relation in ("", *RELATIONS):
         parts = words.split(f" {relation or 'and'} ")
-        if len(parts) == 2 and all(part[2:] in nouns and part.startswith("a ") for part in parts):
-            return Content((nouns[parts[0][2:]], nouns[parts[1][2:]]), relation, tone)
-    if words.startswith("a ") and words[2:] in nouns:
-        return Content((nouns[words[2:]],), "", tone)
+        if len(parts) == 2 and all(part in _SINGULARS for part in parts):
+            return Content((_SINGULARS[parts[0]], _SINGULARS[parts[1]]), relation, tone)
+    if words in _SINGULARS:
+        return Content((_SINGULARS[words],), "", tone)
     raise ValueError(f"not a caption of the pictograms world: {caption!r}")
 
 

@@ -23,9 +23,9 @@ from safediffusion.tiny.folders import replacing
 from safediffusion.tiny.pretrain import World, autoencoder_loss, cached_world, denoising_loss, detector_loss, detector_targets, worn
 
 _READ = 24_000  # pictures the detector learns from
-# The shipped base was begun for 14,000 steps and shortened at step 2,500. The rate follows what happened, or these
-# numbers would not give those weights.
-_BEGUN_FOR, _SHORTENED_AT = 14_000, 2_500
+# The shipped base was begun for 14,000 steps and shortened twice, when it turned out to learn quickly: (until, planned
+# steps). The rate follows what happened, or these numbers would not give those weights.
+_PLANNED = ((1_750, 14_000), (2_500, 10_000))
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def base(work: Path, plan: Plan, first: int) -> None:
         return denoising_loss(unet, text_encoder, schedule, latents[index], tokens[index], empty, generator)
 
     def rate(step: int) -> float:
-        return learning_rate(step, _BEGUN_FOR if step < _SHORTENED_AT else plan.base, 1e-3)
+        return learning_rate(step, next((planned for until, planned in _PLANNED if step < until), plan.base), 1e-3)
 
     fit(
         "base",

@@ -63,7 +63,7 @@ def train(run: Run, folder: Path, console: Console, trackers: Callable[[dict, in
     """Run, or resume, until `run.steps`, an early stop, or an error. The same command again continues bit-exactly."""
     saved = checkpoint.latest(folder / "checkpoints")
     progress = checkpoint.Progress() if saved is None else _restore(run, saved)
-    log.rewind(folder, progress.step)
+    log.rewind(folder, -1 if saved is None else progress.step)  # without a checkpoint the first probe is repeated too
     clock = _Clock(progress.seconds, progress.cpu_seconds)
     if saved is not None:
         console.print(f"resuming after iteration {progress.step} of {run.steps}")

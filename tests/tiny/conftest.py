@@ -1,0 +1,18 @@
+import pytest
+
+from safediffusion.tiny.build import build
+from safediffusion.tiny.stages import Plan
+
+
+@pytest.fixture(scope="session")
+def short_plan():
+    """Every stage in a few steps, on a few pictures, with a checkpoint in the middle."""
+    return Plan(detector=3, autoencoder=3, reward=3, judge=3, base=3, pictures=96, twins=48, checkpoint_every=2)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory, short_plan):
+    """A whole build, never written to: `built / "out"` holds the package, `built / "work"` what it was made of."""
+    folder = tmp_path_factory.mktemp("build")
+    build(folder / "out", folder / "work", plan=short_plan)
+    return folder
