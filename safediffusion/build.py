@@ -29,7 +29,7 @@ from safediffusion.process.diffusion import Diffusion
 from safediffusion.recipe import Recipe, check
 from safediffusion.rewards.calibrate import accuracy_rows, calibrate_alpha, measure_direction
 from safediffusion.rewards.callable import CallableReward, CallableSettings, load_callable
-from safediffusion.rewards.direction import Direction, auc, fit_direction
+from safediffusion.rewards.direction import Direction, fit_direction
 from safediffusion.rewards.similarity import SimilarityReward, SimilaritySettings
 from safediffusion.rewards.steering import SteeringReward, SteeringSettings
 from safediffusion.train.average import Average
@@ -60,7 +60,7 @@ def encoder(name: str, device: str | torch.device, part: str = "reward") -> Clip
     if name == PICTOGRAMS:
         return ClipEncoder.load(verify(EMBEDDED, part), device=device)
     if name.endswith(".safetensors"):
-        return load_hps(Path(name), device=device)
+        return load_hps(name, Path(name).parent, device=device)  # its tokenizer lies beside it
     return ClipEncoder.load(name, device=device)
 
 
@@ -131,19 +131,28 @@ def reward(recipe: Recipe, device: str | torch.device, safe: Sequence[Prompt], u
     return SteeringReward(judge, fitted, alpha, options.method, options.steer), measures
 
 
+def process(policy: LatentPolicy, steps: int, eta: float) -> Diffusion:
+    """The denoising grid on the model's own noise schedule."""
+    try:
+        return Diffusion.from_scheduler(policy.scheduler_config, steps, eta)
+    except ValueError as error:
+        raise UserError(f"{steps} denoising steps with the scheduler of {policy.folder}: {error}") from None
+
+
 def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
     """Build all of a recipe. The second value is what `direction.json` holds."""
     check(recipe)
     device = accelerator.device
     policy = load_policy(resolve_model(recipe.model, recipe.revision), recipe.policy, device)
     safe, unsafe = prompts(recipe.data.safe, False), prompts(recipe.data.unsafe, True)
+    policy.encode.warn_of_long([prompt.text for prompt in (*safe, *unsafe)])
     sampler = PromptSampler(safe, unsafe, recipe.data.unsafe_share, recipe.algorithm.prompts, recipe.seed)
     scored, measures = reward(recipe, device, safe, unsafe)
     optimizer = build_optimizer(policy.parameters(), recipe.optimizer)
     policy.network, optimizer = accelerator.prepare(policy.network, optimizer)
     learner = Learner(
         policy=policy,
-        process=Diffusion.from_scheduler(policy.scheduler_config, recipe.process.steps, recipe.process.eta),
+        process=process(policy, recipe.process.steps, recipe.process.eta),
         reward=scored,
         optimizer=optimizer,
         accelerator=accelerator,

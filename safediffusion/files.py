@@ -6,11 +6,14 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from safediffusion.errors import UserError
 
@@ -33,6 +36,11 @@ def explained(path: Path | str) -> Iterator[None]:
     """Turns what the operating system says of `path` into a UserError of one sentence."""
     try:
         yield
+    except SafetensorError as error:  # its own words for what the system said, with the number at the end
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        reason = _REASONS.get(int(number[1]), "{path} cannot be used: {error}")
+        raise UserError(reason.format(path=path, error=error)) from error
     except OSError as error:
         reason = _REASONS.get(error.errno or 0, "{path} cannot be used: {error}")
         raise UserError(reason.format(path=path, error=error.strerror or error)) from error

@@ -90,6 +90,7 @@ def generate(
     if missing:
         task = progress.add_task("painting", total=len(items), completed=len(items) - len(missing))
         policy = _policy(model, setting, device)
+        policy.encode.warn_of_long([item.prompt for item in missing])
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
             _write(policy, part, setting, out, there)
@@ -112,15 +113,15 @@ def _policy(model: Path, setting: Setting, device: torch.device) -> LatentPolicy
 def _write(policy: LatentPolicy, items: Sequence[Item], setting: Setting, out: Path, there: set[Any]) -> None:
     import torch
 
+    from safediffusion import build
     from safediffusion.images import save_png
-    from safediffusion.process.diffusion import Diffusion
     from safediffusion.rollout import walk
     from safediffusion.seeds import noise_for
 
     with torch.no_grad():
         condition = policy.encode([item.prompt for item in items])
         start = noise_for([(item.prompt, item.seed) for item in items], policy.sample_shape).to(condition.device)
-        process = Diffusion.from_scheduler(policy.scheduler_config, setting.steps, eta=0.0)
+        process = build.process(policy, setting.steps, eta=0.0)
         clean = walk(policy, process, condition, start, setting.guidance).clean
         images = policy.decode(clean).cpu()
     for item, image in zip(items, images, strict=True):

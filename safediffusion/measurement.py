@@ -70,19 +70,11 @@ def measure(
         findings = run.find(folders, sets, judges, extent, at, advance)
     gallery.write_gallery(findings.pictures, judges, extent.seed, out / "gallery")
     write_text(out / "scores.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run.scores(findings, judges, extent)))
-    took, training = Seconds.now() - began, spent or _training_time(history)
     names = {"base": against if against is not None else model, "trained": model}
-    document = {"schema": run.SCHEMA, "protocol": protocol, "models": findings.models, "changes": findings.changes, "run": {
-        "command": shlex.join(command),
-        "models": {name: {"name": str(names[name]), **described[name]} for name in folders},
-        "recipe": _recipe(history),
-        "wall_seconds": round((took + training).wall, 1),
-        "cpu_seconds": round((took + training).cpu, 1),
-        "seconds": {"training": round(training.wall, 1), "measuring": round(took.wall, 1)},
-        "git": commit(),
-        "versions": versions(),
-        "device": str(at),
-    }}  # fmt: skip
+    models = {name: {"name": str(names[name]), **described[name]} for name in folders}
+    facts = {"command": shlex.join(command), "models": models, "recipe": _recipe(history), "device": str(at)}
+    facts |= _cost(Seconds.now() - began, spent or _training_time(history)) | {"git": commit(), "versions": versions()}
+    document = {"schema": run.SCHEMA, "protocol": protocol, "models": findings.models, "changes": findings.changes, "run": facts}
     write_json(out / run_folder.RESULTS, document)
     return parse_results(json.loads(read_text(out / run_folder.RESULTS)))
 
@@ -118,6 +110,12 @@ def _recipe(history: Path | None) -> dict[str, Any]:
 def _training_time(history: Path | None) -> Seconds:
     records = read_jsonl(history / "metrics.jsonl") if history and (history / "metrics.jsonl").is_file() else []
     return Seconds(records[-1]["seconds"], records[-1]["cpu_seconds"]) if records else Seconds()
+
+
+def _cost(measuring: Seconds, training: Seconds) -> dict[str, Any]:
+    whole = measuring + training
+    parts = {"training": round(training.wall, 1), "measuring": round(measuring.wall, 1)}
+    return {"wall_seconds": round(whole.wall, 1), "cpu_seconds": round(whole.cpu, 1), "seconds": parts}
 
 
 def _check_folder(out: Path, history: Path | None) -> None:

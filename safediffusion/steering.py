@@ -64,7 +64,8 @@ def study(asked: Study, pairs: Pairs | None, device: torch.device) -> Studied:
             refusals.append(str(error))
             alpha = calibrate_alpha(rows, trust=True)
     if measured_on:
-        measures = measure_direction(judge, direction, measured_on, name=asked.anchors, alpha=alpha or 0.0, rows=rows, concepts=_concepts(asked, judge, direction, anchors))
+        concepts = _concepts(asked, judge, direction, anchors)
+        measures = measure_direction(judge, direction, measured_on, name=asked.anchors, alpha=alpha or 0.0, rows=rows, concepts=concepts)
         if measures["auc"] < build.LEAST_AUC:
             refusals.insert(0, f"AUC {measures['auc']:.2f} on held-out prompts, {build.LEAST_AUC} needed")
     else:

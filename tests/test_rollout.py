@@ -127,4 +127,4 @@ def test_scores_follow_their_pictures(policy: LatentPolicy, process: Diffusion) 
 def test_chunks_cover_everything_once(count: int, size: int, lengths: list[int]) -> None:
     parts = [list(range(count))[part] for part in chunks(count, size)]
     assert [len(part) for part in parts] == lengths
-    assert sum(parts, []) == list(range(count))
+    assert [item for part in parts for item in part] == list(range(count))

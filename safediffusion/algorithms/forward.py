@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from safediffusion.algorithms.update import Learner, advantages, class_weights
+from safediffusion.algorithms.update import Learner, advantages, class_weights, reward_metrics
 from safediffusion.config import settings
 from safediffusion.rollout import Rollout, chunks, roll_out
 from safediffusion.types import Prompt
@@ -38,8 +38,7 @@ class Forward:
         gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread)
         sampled = len(rolled) * len(learner.process.times) * (1 if learner.guidance == 1 else 2)
         learner.forwards += sampled
-        metrics = {f"reward/{name}": float(part.mean()) for name, part in rolled.scores.parts.items()}
-        metrics |= {"reward/total": float(rolled.scores.total.mean()), "dead_groups": gain.dead_share}
+        metrics = reward_metrics(rolled.prompts, rolled.scores, gain)
         alive = gain.members(self.group)
         if len(alive) == 0:
             return metrics | {"grad_norm": 0.0, "kl": 0.0, "loss": 0.0}
@@ -62,7 +61,7 @@ class Forward:
                 output = policy.predict(x[part], time[part], rolled.condition[part])
                 with torch.no_grad(), policy.reference():
                     anchor = policy.predict(x[part], time[part], rolled.condition[part], self.anchor_guidance)
-                said, wanted, base = (process.to_epsilon(o, x[part], time[part]).flatten(1) for o in (output, target, anchor))
+                said, wanted, base = (process.to_epsilon(o, x[part], time[part]).flatten(1) for o in (output, target[part], anchor))
                 # One update per rollout: pred_old = pred.detach(), so A * 2 <e, d> has the gradient of A * |pred - target|^2.
                 match = 2 * (gain[part] * ((said.detach() - wanted) * (said - said.detach())).mean(1)).sum()
                 kl = (said - base).square().mean(1)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from safediffusion.algorithms.update import Learner, advantages, class_weights
+from safediffusion.algorithms.update import Learner, advantages, class_weights, reward_metrics
 from safediffusion.config import settings
 from safediffusion.rollout import Rollout, chunks, roll_out
 from safediffusion.types import Prompt
@@ -39,8 +39,7 @@ class Grpo:
         rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, learner.guidance, generator, True, learner.batch)
         learner.forwards += len(rolled) * len(learner.process.times) * (1 if learner.guidance == 1 else 2)
         gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread)
-        metrics = {f"reward/{name}": float(part.mean()) for name, part in rolled.scores.parts.items()}
-        metrics |= {"reward/total": float(rolled.scores.total.mean()), "dead_groups": gain.dead_share}
+        metrics = reward_metrics(rolled.prompts, rolled.scores, gain)
         alive = gain.members(self.group).view(-1, self.group)
         alive = alive[torch.randperm(len(alive), generator=generator)]
         totals = torch.zeros(5, dtype=torch.float64)

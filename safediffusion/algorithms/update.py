@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from safediffusion.types import Policy, Process, Reward
+from safediffusion.types import Policy, Process, Prompt, Reward, Scores
 
 
 @dataclass
@@ -72,6 +72,13 @@ def advantages(total: Tensor, group: int, floor: float, clip: float, least_sprea
     alive = spread[:, 0] > least_spread
     value = (centred / (spread + floor)).clamp(-clip, clip) * alive[:, None]
     return Advantages(value.flatten(), alive)
+
+
+def reward_metrics(prompts: Sequence[Prompt], scores: Scores, gain: Advantages) -> dict[str, float]:
+    """Mean scores of a rollout: the total, its parts, and the total of each prompt class that occurs."""
+    unsafe = torch.tensor([prompt.unsafe for prompt in prompts], device=scores.total.device)
+    measured = {"total": scores.total, **scores.parts, "benign": scores.total[~unsafe], "unsafe": scores.total[unsafe]}
+    return {f"reward/{name}": float(value.mean()) for name, value in measured.items() if len(value)} | {"dead_groups": gain.dead_share}
 
 
 def class_weights(unsafe: Tensor, benign_weight: float, unsafe_weight: float) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from safediffusion.evaluate.run import Extent
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -15,6 +18,7 @@ safediffusion demo --out runs/demo
 safediffusion demo --out runs/other-seed --seed 1
 """
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.toml"
+EXTENT: Extent | None = None  # how much is measured; None is the whole protocol
 
 
 def command(
@@ -32,7 +36,7 @@ def command(
     spelled = ["safediffusion", "demo", "--out", str(out), "--seed", str(seed)]
     trained = post_train(load_recipe(RECIPE, [f"seed={seed}"]), out, command=spelled, console=console)
     console.print(f"{trained.model} holds {trained.origin}")
-    results = measure(out, "pictograms", out=out, command=spelled, console=console, spent=trained.spent)
+    results = measure(out, "pictograms", out=out, extent=EXTENT, command=spelled, console=console, spent=trained.spent)
     page = write_report([out], out / "report")
     print_results(results)
     typer.echo(f"\nThe report: {page}\nThe model: {trained.model} (a diffusers folder)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,7 +39,6 @@ def command(
 ) -> None:
     """Fit the direction from unsafe to safe, measure it, and say whether training would accept it."""
     from safediffusion import build
-    from safediffusion.cli.terminal import progress_console
     from safediffusion.errors import UserError
     from safediffusion.files import check_writable
     from safediffusion.steering import Study, study, write_study
@@ -54,7 +54,7 @@ def command(
     asked = Study(encoder, named, estimator, method, strength, safe, unsafe, tuple(compare or ()))
     found = study(asked, pictures, at)
     write_study(found, out)
-    _print(found.measures, found.refusal, progress_console().width)
+    _print(found.measures, found.refusal)
     typer.echo(f"{out} holds direction.safetensors, direction.json and the figures")
 
 
@@ -94,7 +94,6 @@ def _sampled(model: str, samples: int, device: Any) -> tuple[Any, ...]:
 
     from safediffusion import build
     from safediffusion.cli.terminal import progress_columns, progress_console
-    from safediffusion.data.sets import load_set
     from safediffusion.evaluate.pairs import sample_pairs, stacked
     from safediffusion.evaluate.pictograms import VALIDATION_SETS
     from safediffusion.evaluate.run import AS_IT_IS, check_size
@@ -110,7 +109,7 @@ def _sampled(model: str, samples: int, device: Any) -> tuple[Any, ...]:
         return stacked(sample_pairs(policy, build.judges(device).detector, prompts, samples, 0, lambda count: progress.advance(task, count)))
 
 
-def _print(measures: dict[str, Any], refusal: str, width: int) -> None:
+def _print(measures: dict[str, Any], refusal: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -122,12 +121,15 @@ def _print(measures: dict[str, Any], refusal: str, width: int) -> None:
         for row in rows:
             table.add_row(f"{row['alpha']:g}", f"{row['safe_preferred']:.1%}", f"{row['content_kept']:.1%}", "used" if row["alpha"] == measures["alpha"] else "")
         console.print(table)
-    for one, others in measures["cosines"].items():
-        for other, cosine in others.items():
-            if one < other:
-                console.print(f"cosine of {one} and {other}: {cosine:.2f}", markup=False)
+    for one, other in itertools.combinations(measures["cosines"], 2):
+        console.print(f"cosine of {one} and {other}: {measures['cosines'][one][other]:.2f}", markup=False)
     if measures["auc"] is not None:
         console.print(f"AUC of z.v on {measures['auc_prompts_n']} held-out prompts: {measures['auc']:.3f}")
     if measures["alpha"] is not None:
         console.print(f"alpha: {measures['alpha']:g}")
-    console.print(f"training would refuse it: {refusal}" if refusal else "training would accept it", markup=False)
+    if refusal:
+        console.print(f"training would refuse it: {refusal}", markup=False)
+    elif measures["auc"] is None and not measures["pair_accuracy"]:
+        console.print("nothing was measured: give --safe and --unsafe for prompts, --pairs or --sample-from for pictures")
+    else:
+        console.print("training would accept it")

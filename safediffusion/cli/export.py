@@ -26,8 +26,8 @@ def command(
     license: Annotated[str | None, typer.Option(help="For the model card.", show_default="that of pictograms, else `other`")] = None,
 ) -> None:
     """Write a trained model as a diffusers folder, or as LoRA weights, with a model card."""
-    from safediffusion.report.card import model_card, write_card
     from safediffusion.measurement import results_of
+    from safediffusion.report.card import model_card, write_card
     from safediffusion.training import export_run, open_run
 
     recipe, policy = open_run(run)

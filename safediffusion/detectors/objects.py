@@ -44,7 +44,7 @@ class ObjectDetector(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images `(B, 3, 32, 32)` in [0, 1] to logits: heat `(B, 8, 8)`, kind `(B, 12, 8, 8)`, colour `(B, 6, 8, 8)`, offset `(B, 2, 8, 8)` in cells."""
-        parts = self.head(self.body(images * 2 - 1)).split((1, len(KINDS), len(COLOURS) + 1, 2), 1)
+        parts = self.head(self.body(images.to(self.head.weight) * 2 - 1)).split((1, len(KINDS), len(COLOURS) + 1, 2), 1)
         return parts[0][:, 0], parts[1], parts[2], parts[3]
 
     def __call__(self, images: Tensor) -> Tensor:

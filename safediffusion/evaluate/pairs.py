@@ -15,8 +15,11 @@ from safediffusion.detectors.objects import Found, ObjectDetector
 from safediffusion.errors import UserError
 from safediffusion.evaluate import pictograms
 from safediffusion.evaluate.verdict import companions, kept, unsafe
+from safediffusion.rollout import chunks
 from safediffusion.tiny.scenes import Content, parse
 from safediffusion.types import Policy, Prompt
+
+_AT_ONCE = 64  # pictures
 
 
 class SampledPair(NamedTuple):
@@ -38,14 +41,16 @@ def sample_pairs(
     """
     process = pictograms.sampler(policy)
     sorted_pictures: list[tuple[Prompt, Content, Tensor, Tensor]] = []
-    for prompt in prompts:
-        images = pictograms.paint(policy, process, [prompt], samples, pictograms.GUIDANCE, seed)
-        found, content = detector.read(images), parse(prompt.text)
-        safe = next((i for i, each in enumerate(found) if _keeps(content, each)), None)
-        bad = next((i for i, each in enumerate(found) if unsafe(each)), None)
-        if safe is not None and bad is not None:
-            sorted_pictures.append((prompt, content, images[safe], images[bad]))
-        advance(1)
+    for part in chunks(len(prompts), max(1, _AT_ONCE // samples)):
+        chosen = prompts[part]
+        painted = pictograms.paint(policy, process, chosen, samples, pictograms.GUIDANCE, seed).split(samples)
+        for prompt, images in zip(chosen, painted, strict=True):
+            found, content = detector.read(images), parse(prompt.text)
+            safe = next((i for i, each in enumerate(found) if _keeps(content, each)), None)
+            bad = next((i for i, each in enumerate(found) if unsafe(each)), None)
+            if safe is not None and bad is not None:
+                sorted_pictures.append((prompt, content, images[safe], images[bad]))
+        advance(len(chosen))
     pairs = []
     for prompt, content, safe_image, bad_image in sorted_pictures:
         other = next((image for _, strange, image, _ in sorted_pictures if not _words(strange) & _words(content)), None)

@@ -69,12 +69,12 @@ def protocol(sets: Sets, judges: Judges, extent: Extent) -> dict[str, Any]:
     """All that decides a number besides the model: two results with equal protocols may be compared."""
     return {
         "id": pictograms.PROTOCOL,
-        "prompts_sha256": {group: prompts_sha256(prompts) for group, prompts in sets.prompts.items()},
-        "prompts": {group: len(prompts) for group, prompts in sets.prompts.items()},
-        "refused": sets.refused,
         "limit": extent.limit,
         "samples": extent.samples,
         "seed": extent.seed,
+        "prompts": {group: len(prompts) for group, prompts in sets.prompts.items()},
+        "prompts_sha256": {group: prompts_sha256(prompts) for group, prompts in sets.prompts.items()},
+        "refused": sets.refused,
         "sampler": "ddim",
         "steps": pictograms.STEPS,
         "guidance": pictograms.GUIDANCE,
@@ -137,7 +137,10 @@ def scores(findings: Findings, judges: Judges, extent: Extent) -> Iterator[dict[
 
 
 def _paint(policy: LatentPolicy, sets: Sets, extent: Extent, advance: Callable[[int], None]) -> Painted:
-    process, images = pictograms.sampler(policy), {}
+    try:
+        process, images = pictograms.sampler(policy), {}
+    except ValueError as error:
+        raise UserError(f"the scheduler of {policy.folder} cannot be used: {error}") from None
     at_once = max(1, extent.batch // extent.samples)
     for group, prompts in sets.prompts.items():
         parts: list[Tensor] = []

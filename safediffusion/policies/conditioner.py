@@ -28,6 +28,7 @@ class Conditioner:
     dtype: torch.dtype = torch.float32
     capacity: int = 4096
     kept: OrderedDict[str, Tensor] = field(default_factory=OrderedDict, repr=False)
+    measured: set[str] = field(default_factory=set, repr=False)  # texts whose length was looked at
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """The condition of each prompt, `(B, L, D)`.
@@ -35,7 +36,7 @@ class Conditioner:
         A prompt longer than the tokenizer takes is cut, and one warning counts them.
         """
         new = [text for text in dict.fromkeys(prompts) if text not in self.kept]
-        self._warn_of_long(new)
+        self.warn_of_long(new)
         for start in range(0, len(new), _BATCH):
             texts = new[start : start + _BATCH]
             self.kept.update(zip(texts, self._encode(texts), strict=False))
@@ -71,8 +72,11 @@ class Conditioner:
         states = self.text_encoder(tokens.input_ids, attention_mask=mask)[0].to(self.dtype)
         return [row.clone() for row in states]  # a view would keep its whole batch in memory
 
-    def _warn_of_long(self, texts: Sequence[str]) -> None:
-        if texts:
-            lengths = [len(ids) for ids in self.tokenizer(list(texts), verbose=False).input_ids]
+    def warn_of_long(self, texts: Sequence[str]) -> None:
+        """One warning that counts the prompts that will be cut, of those not looked at before: ask for all at once."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.measured]
+        if new:
+            self.measured.update(new)
+            lengths = [len(ids) for ids in self.tokenizer(new, verbose=False).input_ids]
             if long := sum(length > self.length for length in lengths):
-                warnings.warn(f"{long} of {len(texts)} prompts have more than {self.length} tokens; the rest of them is cut", stacklevel=3)
+                warnings.warn(f"{long} of {len(new)} prompts have more than {self.length} tokens; the rest of them is cut", stacklevel=3)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -49,7 +50,7 @@ class ProcessSettings:
     kind: Literal["diffusion"] = "diffusion"
     steps: int = Field(default=10, ge=2)  # denoising steps; the cost of a rollout
     eta: float = Field(default=0.0, ge=0, le=1)  # 0 is deterministic DDIM, 1 DDPM's noise; grpo needs more than 0
-    guidance: float = Field(default=3.0, ge=1)  # classifier-free guidance; 1 runs the conditional branch alone
+    guidance: float = Field(default=1.0, ge=0)  # classifier-free guidance; 1 runs the conditional branch alone, less explores more
 
 
 class Step(NamedTuple):
@@ -90,7 +91,7 @@ class Diffusion:
         times, top = self.times.tolist(), len(self.alphas_cumprod) - 1
         if not times:
             raise ValueError("times is empty; a process has at least one step")
-        if times[0] > top or times[-1] < 0 or any(t <= u for t, u in zip(times, times[1:])):
+        if times[0] > top or times[-1] < 0 or any(t <= u for t, u in pairwise(times)):
             raise ValueError(
                 f"times must decrease within [0, {top}]; got {times[0]} to {times[-1]} in {len(times)} steps. "
                 "Choose another number of steps, or another timestep_spacing or steps_offset"
@@ -136,7 +137,7 @@ class Diffusion:
         there = [*here[1:], self.final_alpha_cumprod]
         etas = [self.eta] * (len(here) - 1) + [0.0]
         steps = []
-        for abar_t, abar_u, eta in zip(here, there, etas):
+        for abar_t, abar_u, eta in zip(here, there, etas, strict=True):
             variance = eta**2 * (1 - abar_u) / (1 - abar_t) * (1 - abar_t / abar_u)
             x0, epsilon = mixes(self.prediction_type, math.sqrt(abar_t), math.sqrt(1 - abar_t))
             direction = math.sqrt(max(0.0, 1 - abar_u - variance))  # rounding can pass below 0 at zero signal

@@ -51,8 +51,8 @@ def _train(name: str, work: Path, seed: int, plan: Plan, console: Console) -> No
         if not (work / "out" / TRAINING[needed].result).exists():
             raise UserError(f"the stage {name} needs the result of {needed}, which {work} does not hold; run that stage first")
     console.print(f"{name} ({list(TRAINING).index(name) + 1} of {len(TRAINING)})")
-    # Seeds of a stage are its first + 0 ... 12; a thousand apart, those of two builds never meet.
-    stage.run(work, plan, 1000 * seed)
+    # A stage uses seeds from its first up to first + 1,011; so far apart, those of two builds never meet.
+    stage.run(work, plan, 10_000 * seed)
 
 
 def _claim(work: Path, seed: int, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def twin(rng: np.random.Generator, content: Content) -> Content:
 
 def _changed(rng: np.random.Generator, item: Item) -> Item:
     if item.hazard:
-        return Item(_other(rng, HAZARDS, item.kind)) if rng.random() < 0.5 else Item(str(rng.choice(SHAPES)), str(rng.choice(COLOURS)))
+        return Item(_other(rng, HAZARDS, item.kind)) if rng.random() < 0.5 else _shape(rng, True)
     if item.colour and rng.random() < 0.5:
         return replace(item, colour=_other(rng, COLOURS, item.colour))
     return replace(item, kind=_other(rng, SHAPES, item.kind))
@@ -69,9 +70,29 @@ def sample_twins(rng: np.random.Generator) -> tuple[tuple[str, Scene], tuple[str
     return (caption, scene), (other.caption(), scene_for(rng, other))
 
 
-def render_twins(count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+def sample_mirrored(rng: np.random.Generator) -> tuple[tuple[str, Scene], tuple[str, Scene]]:
+    """Two shapes in a relation, and the same two the other way round: nothing but the order tells the captions apart."""
+    first = _shape(rng, rng.random() < 0.5)
+    second = _shape(rng, bool(first.colour))
+    while second.kind == first.kind:
+        second = _shape(rng, bool(first.colour))
+    content = Content((first, second), str(rng.choice(RELATIONS)), str(rng.choice(("", "", "", *SAFE_TONES))))
+    mirrored = replace(content, relation=RELATIONS[RELATIONS.index(content.relation) ^ 1])
+    state = int(rng.integers(2**32))
+    one, other = ((each.caption(), scene_for(np.random.default_rng(state), each)) for each in (content, mirrored))
+    return one, other
+
+
+def _shape(rng: np.random.Generator, coloured: bool) -> Item:
+    return Item(str(rng.choice(SHAPES)), str(rng.choice(COLOURS)) if coloured else "")
+
+
+Sampler = Callable[[np.random.Generator], tuple[tuple[str, Scene], tuple[str, Scene]]]
+
+
+def render_twins(count: int, seed: int, sampler: Sampler = sample_twins) -> tuple[np.ndarray, list[str]]:
     """`2 count` pictures uint8 and captions, twins next to each other; pair i depends on (seed, i) alone."""
-    flat = _sampled(count, seed)
+    flat = _sampled(count, seed, sampler)
     return np.stack([draw(scene) for _, scene in flat]), [caption for caption, _ in flat]
 
 
@@ -84,11 +105,11 @@ def cached_twins(folder: Path, count: int, seed: int) -> tuple[np.ndarray, list[
         np.save(path.with_suffix(".tmp.npy"), pixels)
         path.with_suffix(".tmp.npy").replace(path)
         return pixels, captions
-    return np.load(path), [caption for caption, _ in _sampled(count, seed)]
+    return np.load(path), [caption for caption, _ in _sampled(count, seed, sample_twins)]
 
 
-def _sampled(count: int, seed: int) -> list[tuple[str, Scene]]:
-    return [one for i in range(count) for one in sample_twins(np.random.default_rng((seed, i)))]
+def _sampled(count: int, seed: int, sampler: Sampler) -> list[tuple[str, Scene]]:
+    return [one for i in range(count) for one in sampler(np.random.default_rng((seed, i)))]
 
 
 def contrast_loss(model: CLIPModel, images: Tensor, tokens: Tensor, mask: Tensor, same: Tensor) -> Tensor:
@@ -104,6 +125,14 @@ def retrieval(model: CLIPModel, images: Tensor, tokens: Tensor, mask: Tensor, sa
     with torch.no_grad():
         image, text = _embedded(model, images, tokens, mask)
     return same[torch.arange(len(images)), (image @ text.T).argmax(1)]
+
+
+def prefers_own(model: CLIPModel, images: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Per picture whether its own caption is nearer than that of its twin, which stands next to it, `(B,)` bool."""
+    with torch.no_grad():
+        image, text = _embedded(model, images, tokens, mask)
+    twin_of = torch.arange(len(images)) ^ 1
+    return (image * text).sum(1) > (image * text[twin_of]).sum(1)
 
 
 def _embedded(model: CLIPModel, images: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

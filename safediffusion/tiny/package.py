@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from safediffusion import files, weights
 from safediffusion.errors import UserError
@@ -46,8 +46,9 @@ def package(work: Path, out: Path) -> tuple[str, ...]:
     with files.explained(out), replacing(out) as new:
         _detector(work, new / "detector")
         _pipeline(work, new / "pipeline")
-        for name in ("reward", "judge"):
-            _clip(work / "out" / name, new / name)
+        schooled = work / "out" / "reward_order"
+        _clip(schooled if (schooled / "model.safetensors").exists() else work / "out" / "reward", new / "reward")
+        _clip(work / "out" / "judge", new / "judge")
         parts = tuple(part for part in PARTS if (new / part).is_dir())
         if not parts:
             raise UserError(f"{work} holds no trained model yet; run `safediffusion tiny build` with it as its work folder")
@@ -72,21 +73,21 @@ def _clip(source: Path, folder: Path) -> None:
     """A CLIPModel with its tokenizer, and how its pictures are normalised."""
     if not (source / "model.safetensors").exists():
         return
-    CLIPModel.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
-    CLIPTokenizer.from_pretrained(source).save_pretrained(folder)
+    shutil.copytree(source, folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(_PIXELS, indent=2) + "\n", encoding="utf-8")
 
 
 def _pipeline(work: Path, folder: Path) -> None:
-    base, vae = work / "base.safetensors", work / "out" / "vae"
-    if not (base.exists() and (vae / "config.json").exists()):
+    base, vae = work / "base.safetensors", work / "out" / "vae" / "diffusion_pytorch_model.safetensors"
+    if not (base.exists() and vae.exists()):
         return
     tensors = weights.strip_prefix("average", weights.load(base)[0])
     tokenizer = CLIPTokenizer.from_pretrained(work / "out" / "tokenizer")
     text_encoder, unet = networks.text_encoder(tokenizer), networks.unet()
     text_encoder.load_state_dict(weights.strip_prefix("text", tensors))
     unet.load_state_dict(weights.strip_prefix("unet", tensors))
-    autoencoder = AutoencoderKL.from_pretrained(vae)
+    autoencoder = networks.autoencoder()
+    autoencoder.load_state_dict(weights.load(vae)[0])
     autoencoder.register_to_config(scaling_factor=latent_scale(work))
     StableDiffusionPipeline(
         vae=autoencoder,

@@ -23,8 +23,7 @@ def render_pairs(count: int, seed: int, hazards: Sequence[str] = SEEN_HAZARDS) -
     # Both scenes start from one state, so that they share background, kinds and colours and differ by the hazard.
     states = [rng.integers(2**32) for rng in rngs]
     safe, unsafe = (
-        [scene_for(np.random.default_rng(state), content, drop_hazards=drop) for state, content in zip(states, contents, strict=True)]
-        for drop in (True, False)
+        [scene_for(np.random.default_rng(state), content, drop_hazards=drop) for state, content in zip(states, contents, strict=True)] for drop in (True, False)
     )
     unrelated = [_unrelated(rng, scene) for rng, scene in zip(rngs, safe, strict=True)]
     images = [from_uint8(np.stack([draw(scene) for scene in scenes])) for scenes in (safe, unsafe, unrelated)]

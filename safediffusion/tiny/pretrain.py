@@ -133,4 +133,3 @@ def detector_exactness(detector: ObjectDetector, images: Tensor, scenes: Sequenc
             left.remove(match)
         exact.append(not left)
     return torch.tensor(exact)
-

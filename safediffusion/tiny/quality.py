@@ -20,12 +20,12 @@ from safediffusion.evaluate.statistics import Estimate, rate
 from safediffusion.images import from_uint8
 from safediffusion.policies.latent import load_policy
 from safediffusion.rewards.direction import auc, fit_direction
-from safediffusion.tiny.contrast import render_twins, retrieval
+from safediffusion.tiny.contrast import prefers_own, render_twins, retrieval, sample_mirrored
 from safediffusion.tiny.pretrain import World, detector_exactness, render_world
 from safediffusion.tiny.quality_page import page
 
-# A build draws from the seeds 1000 s + 0 ... 12, so these pictures are new to every model.
-_SCENES_SEED, _TWINS_SEED = 99, 77
+# A build with seed s draws from 10,000 s + (1, 11, 12, 1011), so these pictures are new to every model.
+_SCENES_SEED, _TWINS_SEED, _MIRRORED_SEED = 99, 77, 78
 _AMONG = 256  # captions that a picture's own has to be found in
 _BATCH = 250
 
@@ -83,6 +83,7 @@ def _clip(encoder: ClipEncoder, world: World, twins: int) -> dict[str, Any]:
     return {
         "retrieval": found.as_dict(),
         "retrieval_chance": chance,
+        "order": _order(encoder, twins).as_dict(),
         "auc/pictures": _auc(pictures[~dangerous].tolist(), pictures[dangerous].tolist()).as_dict(),
         "auc/prompts": _auc(texts[~unsafe].tolist(), texts[unsafe].tolist()).as_dict(),
     }
@@ -99,6 +100,13 @@ def _retrieval(encoder: ClipEncoder, twins: int) -> tuple[Estimate, float]:
         hits.append(retrieval(encoder.model, from_uint8(pixels[start : start + _AMONG]), tokens.input_ids, tokens.attention_mask, same))
         chances.append(same.float().mean().item())
     return rate(torch.cat(hits)), sum(chances) / len(chances)
+
+
+def _order(encoder: ClipEncoder, pairs: int) -> Estimate:
+    """How often a picture of two shapes is nearer to its caption than to the same with the relation turned round."""
+    pixels, captions = render_twins(pairs, _MIRRORED_SEED, sample_mirrored)
+    tokens = encoder.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+    return rate(prefers_own(encoder.model, from_uint8(pixels), tokens.input_ids, tokens.attention_mask))
 
 
 def _auc(safe: Sequence[float], unsafe: Sequence[float]) -> Estimate:

@@ -10,9 +10,11 @@ ROWS = (
     ("detector", "exact", "scenes read exactly: every object, its colour, its place within 4 pixels", 0.995),
     ("autoencoder", "exact", "scenes still read exactly after encoding and decoding", 0.98),
     ("reward", "retrieval", "own caption nearest among 256, every caption with its near-twin", None),
+    ("reward", "order", "own caption nearer than the same with its relation turned round; a coin has 50%", None),
     ("reward", "auc/pictures", "AUC, pictures without against with a hazard, along the anchors' direction", None),
     ("reward", "auc/prompts", "AUC, safe against unsafe test prompts, along the anchors' direction", None),
     ("judge", "retrieval", "own caption nearest among 256", None),
+    ("judge", "order", "own caption nearer than the same with its relation turned round", None),
     ("judge", "auc/pictures", "AUC, pictures", None),
     ("judge", "auc/prompts", "AUC, prompts", None),
     ("base", "composition", "test-safe prompts painted as asked", 0.65),
@@ -53,7 +55,7 @@ def page(quality: dict[str, Any]) -> str:
 def _row(models: dict[str, Any], model: str, name: str, meaning: str, needed: float | None) -> str:
     measured = models[model][name]
     value, low, high = (_written(measured[key], name) for key in ("value", "low", "high"))
-    return f"| {model} | {meaning} | {value} | {low} – {high} | {measured['n']:,} | {_verdict(measured['value'], needed)} |\n"
+    return f"| {model} | {meaning} | {value} | {low} to {high} | {measured['n']:,} | {_verdict(measured['value'], needed)} |\n"
 
 
 def _written(value: float | None, name: str) -> str:

@@ -10,14 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
 
 from safediffusion import weights
 from safediffusion.detectors.objects import ObjectDetector
+from safediffusion.images import from_uint8
 from safediffusion.tiny import networks
-from safediffusion.tiny.contrast import cached_twins, contrast_loss
+from safediffusion.tiny.contrast import cached_twins, contrast_loss, render_twins, sample_mirrored
 from safediffusion.tiny.fit import CHECKPOINT_EVERY, fit, learning_rate
 from safediffusion.tiny.folders import replacing
 from safediffusion.tiny.pretrain import World, autoencoder_loss, cached_world, denoising_loss, detector_loss, detector_targets, worn
@@ -35,10 +38,13 @@ class Plan:
     detector: int = 1500
     autoencoder: int = 2000
     reward: int = 2500
+    order: int = 1600
     judge: int = 2000
     base: int = 4_500
     pictures: int = 60_000
     twins: int = 30_000
+    mirrored: int = 12_000
+    batch: int = 48  # pictures of a step, or pairs of twins
     checkpoint_every: int = CHECKPOINT_EVERY
 
 
@@ -50,7 +56,7 @@ def detector(work: Path, plan: Plan, first: int) -> None:
     targets = detector_targets(world.scenes[:known])
 
     def loss(generator: torch.Generator) -> Tensor:
-        index = torch.randint(known, (64,), generator=generator)
+        index = torch.randint(known, (4 * plan.batch // 3,), generator=generator)
         return detector_loss(network, worn(world.images(index), generator), tuple(part[index] for part in targets))
 
     fit("detector", network, loss, work, steps=plan.detector, peak=3e-3, seed=first + 1, ema=0.995, checkpoint_every=plan.checkpoint_every)
@@ -63,7 +69,7 @@ def autoencoder(work: Path, plan: Plan, first: int) -> None:
     network = networks.autoencoder()
 
     def loss(generator: torch.Generator) -> Tensor:
-        index = torch.randint(plan.pictures, (48,), generator=generator)
+        index = torch.randint(plan.pictures, (plan.batch,), generator=generator)
         return autoencoder_loss(network, world.images(index), generator)
 
     fit("vae", network, loss, work, steps=plan.autoencoder, peak=2e-3, seed=first + 2, ema=0.995, checkpoint_every=plan.checkpoint_every)
@@ -75,6 +81,26 @@ def reward(work: Path, plan: Plan, first: int) -> None:
     _contrast("reward", work, plan, first + 11, plan.reward, text_width=64, vision_width=96, layers=3)
 
 
+def order(work: Path, plan: Plan, first: int) -> None:
+    """More schooling for the reward, which by then cannot tell "left of" from "right of": pairs that differ in order alone."""
+    seed = first + 11
+    twins, mirrored = cached_twins(work, plan.twins, seed), render_twins(plan.mirrored, seed + 1000, sample_mirrored)
+    tokenizer = CLIPTokenizer.from_pretrained(work / "out" / "reward")
+    lesson = _Lesson.of(np.concatenate([twins[0], mirrored[0]]), twins[1] + mirrored[1], tokenizer)
+    network = CLIPModel.from_pretrained(work / "out" / "reward").train()
+    familiar = 5 * plan.batch // 12  # of a step's pairs; without any the rest would be forgotten
+
+    def loss(generator: torch.Generator) -> Tensor:
+        old = torch.randint(plan.twins, (familiar,), generator=generator)
+        new = torch.randint(plan.mirrored, (plan.batch - familiar,), generator=generator)
+        return lesson.loss(network, torch.cat([old, plan.twins + new]), generator)
+
+    fit("reward_order", network, loss, work, steps=plan.order, peak=1e-3, seed=seed + 50, ema=0.998, checkpoint_every=plan.checkpoint_every)
+    with replacing(work / "out" / "reward_order") as folder:
+        tokenizer.save_pretrained(folder)
+        network.eval().save_pretrained(folder)
+
+
 def judge(work: Path, plan: Plan, first: int) -> None:
     """Other pictures, another shape and another seed than the reward's: what it sees, training never followed."""
     _contrast("judge", work, plan, first + 12, plan.judge, text_width=96, vision_width=64, layers=4)
@@ -82,23 +108,38 @@ def judge(work: Path, plan: Plan, first: int) -> None:
 
 def _contrast(name: str, work: Path, plan: Plan, seed: int, steps: int, text_width: int, vision_width: int, layers: int) -> None:
     pixels, captions = cached_twins(work, plan.twins, seed)
-    number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    meaning = torch.tensor([number[caption] for caption in captions])
     with replacing(work / "out" / name) as folder:
         tokenizer = networks.build_tokenizer(captions[:6000], folder)
-        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        lesson = _Lesson.of(pixels, captions, tokenizer)
         torch.manual_seed(seed)
         network = networks.clip(tokenizer, text_width, vision_width, layers)
 
         def loss(generator: torch.Generator) -> Tensor:
-            index = torch.randint(plan.twins, (48,), generator=generator) * 2
-            index = torch.cat([index, index + 1])
-            images = torch.from_numpy(pixels[index.numpy()]).permute(0, 3, 1, 2).float() / 255
-            same = meaning[index][:, None] == meaning[index][None]
-            return contrast_loss(network, worn(images, generator), tokens.input_ids[index], tokens.attention_mask[index], same)
+            return lesson.loss(network, torch.randint(plan.twins, (plan.batch,), generator=generator), generator)
 
         fit(name, network, loss, work, steps=steps, peak=1e-3, seed=seed, ema=0.998, checkpoint_every=plan.checkpoint_every)
         network.eval().save_pretrained(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class _Lesson:
+    """Captioned pictures in pairs of twins. `meaning` (N,) is the same number for the same caption."""
+
+    pixels: np.ndarray  # uint8 (N, 32, 32, 3)
+    tokens: Tensor  # (N, L)
+    mask: Tensor  # (N, L)
+    meaning: Tensor
+
+    @classmethod
+    def of(cls, pixels: np.ndarray, captions: list[str], tokenizer: CLIPTokenizer) -> _Lesson:
+        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+        return cls(pixels, tokens.input_ids, tokens.attention_mask, torch.tensor([number[caption] for caption in captions]))
+
+    def loss(self, network: CLIPModel, pairs: Tensor, generator: torch.Generator) -> Tensor:
+        index = torch.cat([2 * pairs, 2 * pairs + 1])
+        images, meaning = worn(from_uint8(self.pixels[index.numpy()]), generator), self.meaning[index]
+        return contrast_loss(network, images, self.tokens[index], self.mask[index], meaning[:, None] == meaning[None])
 
 
 def base(work: Path, plan: Plan, first: int) -> None:
@@ -115,7 +156,7 @@ def base(work: Path, plan: Plan, first: int) -> None:
     schedule = networks.scheduler().alphas_cumprod
 
     def loss(generator: torch.Generator) -> Tensor:
-        index = torch.randint(plan.pictures, (48,), generator=generator)
+        index = torch.randint(plan.pictures, (plan.batch,), generator=generator)
         return denoising_loss(unet, text_encoder, schedule, latents[index], tokens[index], empty, generator)
 
     def rate(step: int) -> float:
@@ -169,6 +210,7 @@ TRAINING = {
     "detector": Stage(detector, "detector.safetensors"),
     "autoencoder": Stage(autoencoder, "vae/diffusion_pytorch_model.safetensors"),
     "reward": Stage(reward, "reward/model.safetensors"),
+    "order": Stage(order, "reward_order/model.safetensors", ("reward",)),
     "judge": Stage(judge, "judge/model.safetensors"),
     "base": Stage(base, "text_encoder/model.safetensors", ("autoencoder",)),
 }

@@ -27,6 +27,8 @@ class Chosen:
     weights: dict[str, Tensor]
 
     def __str__(self) -> str:
+        if self.which == "best" and self.step == 0:
+            return "the base model as it was: no later probe was both sound and safer"
         words = {"best": "the best checkpoint by the probes", "last": "the last checkpoint"}[self.which]
         return f"{words} (iteration {self.step})"
 

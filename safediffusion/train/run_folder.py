@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,10 @@ def entered(folder: Path, recipe: str, identity: Mapping[str, Any], command: Seq
         facts = read_facts(folder)
         if facts is None:
             _check_empty(folder)
-        else:
+        elif _begun(folder):
             _check_same(folder, facts["identity"], identity)
+        else:  # it failed before its first line: a mended recipe may have the folder
+            facts = None
         _sweep(folder)
         if facts is None or facts["identity"] != identity:
             started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": shlex.join(command), "git": commit(), "versions": versions()}
@@ -84,6 +87,10 @@ def _check_empty(folder: Path) -> None:
         raise UserError(f"{folder} is not empty and not the folder of a run (it holds {others[0]}); choose another --out")
 
 
+def _begun(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoints/*.safetensors"))
+
+
 def _check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
     fixed = [{key: value for key, value in each.items() if key not in _FREE} for each in (was, now)]
     if found := difference(*fixed):
@@ -96,6 +103,8 @@ def _sweep(folder: Path) -> None:
     """Remove the drafts of a process that was killed while it wrote: whoever holds the lock is the only writer."""
     for draft in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):
         draft.unlink(missing_ok=True)
+    for draft in folder.glob(f".{MODEL}.*"):
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager
@@ -103,7 +112,7 @@ def _locked(folder: Path) -> Iterator[None]:
     import fcntl
 
     with explained(folder):
-        file = open(folder / _LOCK, "a+", encoding="utf-8")
+        file = open(folder / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (closed below; the errors of the body are not this folder's)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -63,7 +63,7 @@ def test_one_set_may_be_empty():
 
 
 def test_a_step_may_ask_for_more_than_there_is():
-    assert Counter(sampler(safe=2, unsafe=0, per_step=6).at(0)) == {prompt: 3 for prompt in prompts(2, False)}
+    assert Counter(sampler(safe=2, unsafe=0, per_step=6).at(0)) == dict.fromkeys(prompts(2, False), 3)
 
 
 def test_the_order_changes_with_the_epoch_and_with_the_seed():

@@ -49,6 +49,14 @@ def test_the_encoders_see_what_they_were_trained_on(built):
     assert not torch.equal(encoder.image(images), ClipEncoder.load(built / "out" / "reward").image(images))
 
 
+def test_the_reward_is_the_one_that_learned_order(built):
+    shipped, schooled, unschooled = (
+        weights.load(folder / "model.safetensors")[0]["logit_scale"]
+        for folder in (built / "out" / "reward", *(built / "work" / "out" / name for name in ("reward_order", "reward")))
+    )
+    assert torch.equal(shipped, schooled) and not torch.equal(shipped, unschooled)
+
+
 def test_a_work_folder_is_packaged_as_far_as_it_goes(built, tmp_path):
     shutil.copytree(built / "work" / "out" / "judge", tmp_path / "work" / "out" / "judge")
     shutil.copy(built / "work" / "out" / "detector.safetensors", tmp_path / "work" / "out")

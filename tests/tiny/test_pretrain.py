@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from safediffusion.detectors.objects import CELL, ObjectDetector
-from safediffusion.tiny.contrast import render_twins, sample_twins
+from safediffusion.evaluate.verdict import composed
+from safediffusion.tiny.contrast import render_twins, sample_mirrored, sample_twins
 from safediffusion.tiny.pretrain import cached_world, detector_exactness, detector_loss, detector_targets, render_world, worn
 from safediffusion.tiny.scenes import COLOURS, KINDS, Painted, Scene, parse
 
@@ -104,3 +105,13 @@ def test_twins_stand_next_to_each_other():
     pixels, captions = render_twins(5, seed=8)
     assert len(pixels) == len(captions) == 10 and pixels.dtype == np.uint8
     assert [captions[6], captions[7]] == [caption for caption, _ in sample_twins(np.random.default_rng((8, 3)))]
+
+
+def test_mirrored_twins_differ_in_their_order_alone():
+    for i in range(100):
+        (caption, scene), (mirrored, other) = sample_mirrored(np.random.default_rng((9, i)))
+        content, turned = parse(caption), parse(mirrored)
+        assert (content.items, content.tone) == (turned.items, turned.tone) and content.relation != turned.relation
+        assert composed(content, scene.objects) and composed(turned, other.objects)
+        assert not composed(turned, scene.objects) and not composed(content, other.objects)
+        assert [thing.colour for thing in scene.objects] == [thing.colour for thing in other.objects]

@@ -1,0 +1,170 @@
+"""Forward-process RL against its formula (method.md section 5), computed apart from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from safediffusion.algorithms.forward import Forward
+from safediffusion.algorithms.update import Learner, advantages
+from safediffusion.rollout import Rollout, roll_out
+from safediffusion.types import Prompt
+
+PROMPTS = (Prompt("a red cat"), Prompt("a knife", unsafe=True))
+PLAIN = {"prompts": 2, "group": 4, "times": 2, "benign_kl": 0.0, "unsafe_kl": 0.0, "floor": 1e-3}
+Make = Callable[..., Learner]
+
+
+@dataclass
+class Witness:
+    """A process that remembers what was noised."""
+
+    inner: Any
+    seen: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def noised(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen.append((clean, noise, time))
+        return self.inner.noised(clean, noise, time)
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(4)
+
+
+def stepped(learner: Learner, prompts: tuple[Prompt, ...] = PROMPTS, **options: Any) -> tuple[dict[str, float], Rollout, list[tuple[Tensor, Tensor, Tensor]]]:
+    """A step: its metrics, what it painted, and what it noised."""
+    rollout = roll_out(learner.policy, learner.process, learner.reward, prompts, 4, learner.guidance, seeded(), batch=learner.batch)
+    process = learner.process
+    learner.process = Witness(process)
+    metrics = Forward(**(PLAIN | options)).step(learner, prompts, seeded())
+    seen, learner.process = learner.process.seen, process
+    return metrics, rollout, seen
+
+
+def epsilon(learner: Learner, output: Tensor, x: Tensor, time: Tensor) -> Tensor:
+    """The noise that an output claims, by hand: `(B, D)`."""
+    abar = learner.process.alphas_cumprod[time].view(-1, 1, 1, 1)
+    return (output if learner.process.prediction_type == "epsilon" else abar.sqrt() * output + (1 - abar).sqrt() * x).flatten(1)
+
+
+def matched(learner: Learner, condition: Tensor, gain: Tensor, pull: Tensor, seen: list[tuple[Tensor, Tensor, Tensor]], anchor: float = 1.0) -> float:
+    """Leaves the gradient of A |e^ - e|^2 + kappa |e^ - e_base|^2, means over dimensions, pictures and times; gives the mean KL."""
+    learner.optimizer.zero_grad()
+    total = 0.0
+    for clean, noise, time in seen:
+        abar = learner.process.alphas_cumprod[time].view(-1, 1, 1, 1)
+        x = abar.sqrt() * clean + (1 - abar).sqrt() * noise
+        said = epsilon(learner, learner.policy.predict(x, time, condition), x, time)
+        with learner.policy.reference():
+            base = epsilon(learner, learner.policy.predict(x, time, condition, anchor), x, time)
+        kl = (said - base).square().mean(1)
+        loss = gain * (said - noise.flatten(1)).square().mean(1) + pull * kl
+        (loss.sum() / (len(clean) * len(seen))).backward()
+        total += float(kl.detach().sum()) / (len(clean) * len(seen))
+    return total
+
+
+def close(one: Tensor, other: Tensor, tolerance: float = 1e-3) -> bool:
+    return bool((one - other).norm() <= tolerance * other.norm())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_gradient_is_that_of_advantage_weighted_matching(make_learner: Make, gradient: Callable, prediction: str) -> None:
+    learner = make_learner(eta=0.0, prediction=prediction)
+    _, rollout, seen = stepped(learner)
+    got = gradient(learner)
+    gain = advantages(rollout.scores.total, 4, 1e-3, 2.5, 1e-4).value
+    matched(learner, rollout.condition, gain, torch.zeros(8), seen)
+    assert close(got, gradient(learner))
+    assert got.norm() > 0
+
+
+def test_the_members_of_a_group_share_time_and_noise(make_learner: Make) -> None:
+    _, rollout, seen = stepped(make_learner(eta=0.0), times=4)
+    assert len(seen) == 4
+    for turn, (clean, noise, time) in enumerate(seen):
+        assert torch.equal(clean, rollout.walk.clean)
+        assert (noise[:4] == noise[0]).all() and (noise[4:] == noise[4]).all()
+        assert (noise[0] != noise[4]).all()
+        assert (time[:4] == time[0]).all() and (time[4:] == time[4]).all()
+        low, high = (1000 * (0.02 + 0.88 * place / 4) for place in (turn, turn + 1))
+        assert ((low - 1 <= time) & (time <= high)).all()  # stratified
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_the_kl_is_zero_at_the_start_and_then_pulls_back(make_learner: Make, train: str) -> None:
+    strong = {"benign_kl": 1.0, "unsafe_kl": 1.0}
+    assert stepped(make_learner(train=train, eta=0.0), **strong)[0]["kl"] == 0.0
+    away = make_learner(train=train, eta=0.0, lr=1e-3, moved=0.02)
+    away.max_grad_norm = 1.0
+    distances = [stepped(away, benign_kl=1e4, unsafe_kl=1e4)[0]["kl"] for _ in range(2)]
+    assert distances[0] > distances[1] > 0
+
+
+@pytest.mark.parametrize("anchor", [1.0, 3.0])
+def test_the_kl_pulls_each_class_by_its_own_weight(make_learner: Make, gradient: Callable, anchor: float) -> None:
+    learner = make_learner(eta=0.0, moved=0.01)
+    metrics, rollout, seen = stepped(learner, benign_kl=7.0, unsafe_kl=2.0, anchor_guidance=anchor)
+    got = gradient(learner)
+    gain = advantages(rollout.scores.total, 4, 1e-3, 2.5, 1e-4).value
+    kl = matched(learner, rollout.condition, gain, torch.tensor([7.0] * 4 + [2.0] * 4), seen, anchor)
+    assert metrics["kl"] == pytest.approx(kl, rel=1e-3)
+    assert close(got, gradient(learner))
+
+
+def test_micro_batches_do_not_change_the_step(make_learner: Make, gradient: Callable) -> None:
+    strong = {"benign_kl": 0.5, "unsafe_kl": 0.1}
+    whole, parts = make_learner(moved=0.01, guidance=3.0), make_learner(moved=0.01, guidance=3.0, batch=3)
+    metrics = [stepped(learner, **strong)[0] for learner in (whole, parts)]
+    assert close(gradient(parts), gradient(whole))
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-3, abs=1e-6)
+    assert whole.forwards == parts.forwards == 8 * 4 * 2 + 8 * 2 * (3 + 1)
+
+
+def test_dead_groups_are_left_out(make_learner: Make, gradient: Callable) -> None:
+    learner = make_learner(eta=0.0)
+    metrics, rollout, seen = stepped(learner, (Prompt("nothing"), PROMPTS[1]))
+    got = gradient(learner)
+    assert metrics["dead_groups"] == 0.5
+    assert [len(clean) for clean, _, _ in seen] == [4, 4]
+    gain = advantages(rollout.scores.total, 4, 1e-3, 2.5, 1e-4).value[4:]
+    matched(learner, rollout.condition[4:], gain, torch.zeros(4), seen)
+    assert close(got, gradient(learner))
+
+
+def test_nothing_moves_when_all_groups_are_dead(make_learner: Make, weights: Callable) -> None:
+    learner = make_learner(eta=0.0, lr=1.0, moved=0.01)
+    before = weights(learner)
+    metrics, _, seen = stepped(learner, (Prompt("nothing"),), benign_kl=1.0)
+    assert metrics["dead_groups"] == 1.0
+    assert metrics["grad_norm"] == metrics["kl"] == metrics["loss"] == 0.0
+    assert seen == []
+    assert torch.equal(weights(learner), before)
+
+
+def test_an_update_makes_better_pictures_easier_to_denoise(make_learner: Make) -> None:
+    learner = make_learner(eta=0.0, lr=1e-2)
+    learner.max_grad_norm = 1.0
+    _, rollout, seen = stepped(learner)
+    gain = advantages(rollout.scores.total, 4, 1e-3, 2.5, 1e-4).value
+
+    def regret() -> float:
+        return sum(
+            float((gain * (epsilon(learner, learner.policy.predict(x, time, rollout.condition), x, time) - noise.flatten(1)).square().mean(1)).sum())
+            for clean, noise, time in seen
+            for x in [learner.process.noised(clean, noise, time)[0]]
+        )
+
+    with torch.no_grad():
+        after = regret()
+        with learner.policy.reference():
+            assert after < regret()

@@ -1,0 +1,87 @@
+"""Every algorithm makes the embedded world safer AND keeps its composition: two-sided, so that hacking the reward fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from safediffusion import build
+from safediffusion.algorithms.forward import Forward
+from safediffusion.algorithms.grpo import Grpo
+from safediffusion.algorithms.update import Learner
+from safediffusion.data.anchors import load_anchors
+from safediffusion.data.sets import load_set
+from safediffusion.evaluate import pictograms
+from safediffusion.evaluate.statistics import significantly_below
+from safediffusion.hub import EMBEDDED
+from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
+from safediffusion.process.diffusion import Diffusion
+from safediffusion.rewards.direction import fit_direction
+from safediffusion.rewards.steering import SteeringReward
+from safediffusion.seeds import generator
+from safediffusion.tiny.scenes import parse
+from safediffusion.types import Algorithm, Prompt
+
+# Few prompts, few iterations and a high rate: a minute at most. What is measured are other prompts, of the validation split.
+ITERATIONS, PICTURES = 6, 10
+MEASURED = {"safe": load_set("pictograms/validation-safe")[:24], "implicit": load_set("pictograms/validation-implicit")[:32]}
+ALGORITHMS = {
+    "forward": (Forward(prompts=6, group=PICTURES, times=2, time_range=(0.3, 0.95), benign_kl=1.0, unsafe_kl=0.1), 0.0, 5e-4),
+    "grpo": (Grpo(prompts=6, group=PICTURES, benign_kl=0.1, unsafe_kl=0.01), 1.0, 3e-4),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """What both algorithms share: the reward, the judges, and the marks of the base."""
+
+    reward: SteeringReward
+    judges: pictograms.Judges
+    base: pictograms.Marks
+
+
+def measured(policy: LatentPolicy, judges: pictograms.Judges) -> pictograms.Marks:
+    process = pictograms.sampler(policy)
+    images = {group: pictograms.paint(policy, process, prompts, 1, pictograms.GUIDANCE, seed=7) for group, prompts in MEASURED.items()}
+    return pictograms.mark(pictograms.Painted(MEASURED, images, 1), judges)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    encoder, judges = build.encoder("pictograms", "cpu"), build.judges("cpu")
+    direction = fit_direction(encoder, load_anchors("pictograms"))
+    base = load_policy(EMBEDDED / "pipeline", PolicySettings(train="full"))
+    return World(SteeringReward(encoder, direction, 1.75, "projection", "unsafe"), judges, measured(base, judges))
+
+
+def training_prompts() -> tuple[Prompt, ...]:
+    """One benign prompt and five that are unsafe by their tone alone: those turn first."""
+    implicit = [p for p in load_set("pictograms/train-unsafe") if p.task == "single" and not parse(p.text).names_hazard]
+    return (*load_set("pictograms/train-safe")[:1], *implicit[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ALGORITHMS)
+def test_training_makes_it_safer_and_keeps_composition(world: World, kind: str) -> None:
+    algorithm: Algorithm
+    algorithm, eta, lr = ALGORITHMS[kind]
+    policy = load_policy(EMBEDDED / "pipeline", PolicySettings(train="full"))
+    learner = Learner(
+        policy=policy,
+        process=Diffusion.from_scheduler(policy.scheduler_config, 5, eta),
+        reward=world.reward,
+        optimizer=torch.optim.AdamW(policy.parameters(), lr=lr),
+        accelerator=Accelerator(),
+        parameters=tuple(policy.parameters()),
+    )
+    lines = [algorithm.step(learner, training_prompts(), generator("learning", 1, step)) for step in range(ITERATIONS)]
+    rewards = [line["reward/total"] for line in lines]
+    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.05
+
+    change = pictograms.changes(world.base, measured(policy, world.judges))
+    assert significantly_below(change["unsafe_rate/implicit"])
+    assert not significantly_below(change["composition"])
+    assert not significantly_below(change["alignment"])

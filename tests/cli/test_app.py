@@ -1,0 +1,101 @@
+"""The command as a whole: help, versions, errors, interrupts."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from safediffusion.cli import app
+from safediffusion.cli.app import main
+
+COMMANDS = [["demo"], ["train"], ["generate"], ["evaluate"], ["report"], ["export"], ["direction"], ["tiny", "build"]]
+
+
+@pytest.mark.parametrize("name", COMMANDS, ids=" ".join)
+def test_help_shows_examples_that_can_be_run(command, name) -> None:
+    ended = command(*name, "--help")
+    assert ended.code == 0
+    assert f"safediffusion {' '.join(name)} " in ended.out.split("Examples")[1]
+
+
+def test_no_arguments_and_an_unknown_command(command) -> None:
+    assert "Commands" in command().out
+    ended = command("trian")
+    assert ended.code == 2
+    assert "train" in ended.err
+
+
+def test_version(command) -> None:
+    assert re.fullmatch(r"safediffusion \d+\.\d+\.\d+\n", command("--version").out)
+
+
+def test_a_missing_option_is_a_usage_error(command) -> None:
+    assert command("demo").code == 2
+    ended = command("evaluate", "pictograms")
+    assert (ended.code, ended.err) == (2, "error: --out is missing: name a folder for the results\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (PermissionError(13, "Permission denied", "there"), "no permission to use there"),
+        (OSError(28, "No space left on device", "there"), "the disk that holds there is full"),
+        (MemoryError(), "memory ran out; paint fewer pictures at once"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "memory ran out"),
+    ],
+)
+def test_what_the_machine_refuses_is_said_in_one_sentence(command, monkeypatch, error, sentence) -> None:
+    def refuse(arguments):
+        raise error
+
+    monkeypatch.setattr(app, "_run", refuse)
+    ended = command("demo")
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: {sentence}")
+    assert ended.err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch) -> None:
+    def stumble(arguments):
+        raise RuntimeError("index out of range")
+
+    monkeypatch.setattr(app, "_run", stumble)
+    with pytest.raises(RuntimeError, match="index out of range"):
+        main(["demo"])
+
+
+def test_our_warnings_are_one_line_and_those_of_libraries_none(command, monkeypatch) -> None:
+    def warn(arguments):
+        warnings.warn_explicit("two prompts are cut", UserWarning, "a.py", 1, module="safediffusion.policies.conditioner")
+        warnings.warn_explicit("old call", FutureWarning, "b.py", 1, module="transformers.models")
+        return 0
+
+    monkeypatch.setattr(app, "_run", warn)
+    ended = command("train")
+    assert (ended.code, ended.err) == (0, "warning: two prompts are cut\n")
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(recipe: Path, tmp_path: Path, shell) -> None:
+    asked = [sys.executable, "-m", "safediffusion", "train", str(recipe), "steps=15", "probe.every=0", "--out", str(tmp_path / "run")]
+    # A shell that runs tests in the background has its children ignore the signal.
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(asked, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=listen)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    until = time.monotonic() + 300
+    while not list(checkpoints.glob("step-*")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert said.endswith("interrupted; the same command again goes on where it stopped\n")
+    assert "Traceback" not in said
+    again = shell(*asked[3:])
+    assert again.returncode == 0
+    assert re.search(r"resuming after iteration \d+ of 15", again.stderr)

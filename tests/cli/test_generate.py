@@ -1,0 +1,83 @@
+"""`safediffusion generate`: pictures that depend on prompt and seed alone, screened, resumable."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from safediffusion.files import read_jsonl
+
+FEW = ("--steps", 2)
+
+
+def pictures(folder: Path) -> dict[tuple[str, int], bytes]:
+    return {(row["prompt"], row["seed"]): (folder / row["file"]).read_bytes() for row in read_jsonl(folder / "manifest.jsonl")}
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)), dtype=int)
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(command, tmp_path: Path) -> None:
+    asked = ("--prompt", "a red circle", "--prompt", "two blue rings", "--samples", 2)
+    assert command("generate", "pictograms", *asked, *FEW, "--out", tmp_path / "together").code == 0
+    assert command("generate", "pictograms", "--prompt", "two blue rings", "--seed", 1, *FEW, "--batch-size", 1, "--out", tmp_path / "alone").code == 0
+    together, alone = pictures(tmp_path / "together"), pictures(tmp_path / "alone")
+    assert list(together) == [("a red circle", 0), ("a red circle", 1), ("two blue rings", 0), ("two blue rings", 1)]
+    # Another batch size sums in another order: a grey level here and there, and never another picture.
+    assert np.abs(pixels(alone[("two blue rings", 1)]) - pixels(together[("two blue rings", 1)])).max() <= 1
+
+
+def test_what_is_there_is_not_painted_again(command, tmp_path: Path) -> None:
+    asked = ("generate", "pictograms", "--prompt", "a red circle", *FEW, "--out", tmp_path)
+    command(*asked)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "0 new, 1 there before" in command(*asked).out
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    next(tmp_path.glob("*.png")).unlink()
+    assert "2 pictures: 2 new" in command(*asked, "--samples", 2).out
+    assert len(read_jsonl(tmp_path / "manifest.jsonl")) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items() >= {name: before[name] for name in before if name.endswith("png")}.items()
+
+
+def test_a_run_folder_and_a_prompt_file(command, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red circle"}\n{"text": "a skull", "unsafe": true}\n')
+    assert command("generate", run, "--prompts", tmp_path / "prompts.jsonl", *FEW, "--out", tmp_path / "out").code == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_screened_and_long_prompts_are_counted(command, tmp_path: Path) -> None:
+    long = "a red circle" + " and a red circle" * 20
+    ended = command("generate", "pictograms", "--prompt", long, "--prompt", "a child with a knife, explicit", *FEW, "--out", tmp_path)
+    assert ended.code == 0
+    assert "1 of 2 prompts were refused" in ended.out
+    assert "warning: 1 of 1 prompts have more than 24 tokens" in ended.err
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_nothing_is_painted_when_every_prompt_is_refused(command, tmp_path: Path) -> None:
+    command("generate", "pictograms", "--prompt", "explicit picture of a child", "--out", tmp_path / "out").refused("refused all 1 prompts")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("nothing to paint", "--prompt")),
+        (("--prompt", " "), ("--prompt is empty",)),
+        (("--prompts", "none.txt"), ("none.txt does not exist",)),
+        (("--prompt", "a", "--steps", 0), ("--steps should be at least 1",)),
+        (("--prompt", "a", "--guidance", 0.5), ("--guidance should be at least 1",)),
+        (("--prompt", "a", "--size", 30), ("image_size = 30 is not a multiple of 4",)),
+    ],
+)
+def test_what_cannot_be_painted(command, tmp_path: Path, arguments: tuple, words: tuple[str, ...]) -> None:
+    command("generate", "pictograms", *arguments, "--out", tmp_path / "out").refused(*words)
+
+
+def test_more_steps_than_the_schedule_has(command, tmp_path: Path) -> None:
+    command("generate", "pictograms", "--prompt", "a", "--steps", 5000, "--out", tmp_path / "out").refused("steps")

@@ -1,0 +1,80 @@
+"""The guards: what counts as fallen, which checkpoint is best, and what is said."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from safediffusion.evaluate.statistics import Estimate
+from safediffusion.train.probes import better, judge, record
+
+NOT_MEASURED = Estimate(math.nan, math.nan, math.nan, 0)
+
+
+def value(at: float) -> Estimate:
+    return Estimate(at, at - 0.05, at + 0.05, 80)
+
+
+UNSAFE = {"unsafe_rate/seen": value(0.4), "unsafe_rate/implicit": value(0.2), "unsafe_rate/benign": value(0.9)}
+NOW = UNSAFE | {"composition": value(0.6), "alignment": value(0.3), "diversity": value(0.2)}
+EVEN = {name: Estimate(0.0, -0.1, 0.1, 80) for name in NOW}
+FALLEN = Estimate(-0.2, -0.3, -0.1, 80)
+
+
+def test_the_unsafe_rate_is_the_mean_over_the_unsafe_sets() -> None:
+    verdict = judge(NOW, EVEN)
+    assert verdict.unsafe_rate == pytest.approx(0.3)
+    assert verdict.sound
+    assert verdict.alarms == ()
+    assert math.isnan(judge({"composition": value(0.5)}, {}).unsafe_rate)
+
+
+@pytest.mark.parametrize(("name", "sound"), [("composition", False), ("diversity", False), ("alignment", True), ("unsafe_rate/seen", True)])
+def test_what_fell_significantly(name: str, sound: bool) -> None:
+    verdict = judge(NOW, EVEN | {name: FALLEN})
+    assert verdict.sound is sound
+    assert verdict.alarms == (() if name.startswith("unsafe") else (f"{name} fell by 0.200 (95 % interval 0.100 to 0.300)",))
+
+
+@pytest.mark.parametrize("change", [Estimate(-0.2, -0.4, 0.0, 80), Estimate(-0.2, math.nan, math.nan, 1), NOT_MEASURED, Estimate(0.2, 0.1, 0.3, 80)])
+def test_what_is_no_significant_fall(change: Estimate) -> None:
+    assert judge(NOW, EVEN | {"composition": change}) == judge(NOW, EVEN)
+
+
+def test_collapse_is_called_by_its_name() -> None:
+    lost_half = EVEN | {"diversity": Estimate(-0.3, -0.4, -0.2, 80)}
+    assert judge(NOW, lost_half).alarms[-1] == "pictures of one prompt look alike: the model is collapsing"
+    assert len(judge(NOW, EVEN | {"diversity": Estimate(-0.1, -0.15, -0.05, 80)}).alarms) == 1
+
+
+def line(unsafe: float, composition: float = 0.5, sound: bool = True, **more: float) -> dict:
+    return {"unsafe_rate": unsafe, "composition": composition, "sound": sound, **more}
+
+
+@pytest.mark.parametrize(
+    ("candidate", "best", "expected"),
+    [
+        (line(0.5), None, True),
+        (line(0.0, sound=False), None, False),
+        (line(0.0, sound=False), line(0.9), False),
+        (line(0.4), line(0.5), True),
+        (line(0.4, 0.1), line(0.5, 0.9), True),  # composition above the guard is no currency for danger
+        (line(0.5), line(0.4), False),
+        (line(0.4, 0.6), line(0.4, 0.5), True),
+        (line(0.4, 0.5), line(0.4, 0.5), False),  # the earlier one stays
+        (line(math.nan, alignment=0.3), line(math.nan, alignment=0.2), True),
+        (line(math.nan, alignment=0.1), line(math.nan, alignment=0.2), False),
+    ],
+)
+def test_the_rule_of_the_best_checkpoint(candidate: dict, best: dict | None, expected: bool) -> None:
+    assert better(candidate, best) is expected
+
+
+def test_a_record_holds_values_intervals_and_changes() -> None:
+    written = record(NOW, EVEN | {"composition": FALLEN}, judge(NOW, EVEN | {"composition": FALLEN}))
+    assert written["kind"] == "probe"
+    assert (written["composition"], written["composition/change"]) == (0.6, -0.2)
+    assert (written["composition/low"], written["composition/high"]) == (pytest.approx(0.55), pytest.approx(0.65))
+    assert written["sound"] is False
+    assert written["alarms"] == ["composition fell by 0.200 (95 % interval 0.100 to 0.300)"]
