@@ -1,7 +1,7 @@
 # `make demo` and `make test` need Python 3.11 or newer and nothing else; both make .venv when it is missing.
 #
-# On Linux pip takes PyTorch with CUDA, which is large. Without a GPU this takes the small one:
-#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# On Linux pip takes PyTorch with CUDA, which is large. Without a GPU, name PyTorch's index of CPU wheels:
+#   make demo PIP_FLAGS="--extra-index-url URL"
 
 PYTHON ?= python3
 VENV ?= .venv

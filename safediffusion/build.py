@@ -34,7 +34,7 @@ from safediffusion.rewards.similarity import SimilarityReward, SimilaritySetting
 from safediffusion.rewards.steering import SteeringReward, SteeringSettings
 from safediffusion.train.average import Average
 from safediffusion.train.loop import Run
-from safediffusion.train.optimizer import build_optimizer
+from safediffusion.train.optimizer import build_optimizer, rate
 from safediffusion.types import Prompt, Reward
 
 PICTOGRAMS = "pictograms"
@@ -125,9 +125,12 @@ def reward(recipe: Recipe, device: str | torch.device, safe: Sequence[Prompt], u
     judge = encoder(options.encoder, device)
     if isinstance(options, SimilaritySettings):
         return SimilarityReward(judge), {}
-    # For a real encoder the training prompts themselves are the held-out ones: the direction is fitted on anchors alone.
-    measured_on = held_out(options) or ((*safe, *unsafe) if options.estimator != "lda" and options.method != "gated" else ())
-    fitted, alpha, measures = direction(options, judge, (*safe, *unsafe) if measured_on == held_out(options) or not measured_on else (), measured_on)
+    labelled, measured_on = (*safe, *unsafe), held_out(options)
+    if not measured_on and (options.estimator == "lda" or "gated" in (options.method, options.steer)):
+        labelled, measured_on = labelled[::2], labelled[1::2]  # fitted on one half of the training prompts, measured on the other
+    elif not measured_on:
+        labelled, measured_on = (), labelled  # fitted on the anchors alone, to which every prompt is new
+    fitted, alpha, measures = direction(options, judge, labelled, measured_on)
     return SteeringReward(judge, fitted, alpha, options.method, options.steer), measures
 
 
@@ -168,6 +171,7 @@ def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
         average=Average(policy.parameters(), recipe.optimizer.ema),
         measure=_pictograms_probe(recipe, policy) if recipe.probe.every and recipe.model == PICTOGRAMS else None,
         probe=recipe.probe,
+        rate=lambda step: rate(recipe.optimizer, step, recipe.steps),
         steps=recipe.steps,
         seed=recipe.seed,
         checkpoint_every=recipe.log.checkpoint_every,

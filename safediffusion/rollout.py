@@ -64,16 +64,16 @@ def walk(
     process: Process,
     condition: Tensor,
     start: Tensor,
-    guidance: float,
+    guidance: float | Tensor,
     noises: Sequence[Tensor] = (),
     remember: bool = False,
 ) -> Walk:
-    """Denoise `start` (B, C, H, W) standard normal. `guidance` 1 is the conditional branch alone.
+    """Denoise `start` (B, C, H, W) standard normal. `guidance` 1 is the conditional branch alone; a tensor (B,) is each image's own.
 
     `noises` are standard normal, one (B, C, H, W) for each stochastic step; a deterministic process has none.
 
     Latents stay float32 from step to step: rounding them after the log-probability was taken would start the ratio
-    outside the clip range (method.md section 4).
+    outside the clip range (docs/method.md section 4).
     """
     x = start.float()
     states, log_probs = [x], []
@@ -95,7 +95,7 @@ def roll_out(
     reward: Reward,
     prompts: Sequence[Prompt],
     group: int,
-    guidance: float,
+    guidance: float | Tensor,
     generator: torch.Generator,
     remember: bool = False,
     batch: int = 0,
@@ -110,7 +110,8 @@ def roll_out(
     start, *noises = (torch.randn((len(repeated), *policy.sample_shape), generator=generator) for _ in (0, *process.stochastic_steps))
     walks, totals, parts = [], [], []
     for part in chunks(len(repeated), batch):
-        walked = walk(policy, process, condition[part], start[part].to(condition.device), guidance, [noise[part] for noise in noises], remember)
+        strength = guidance[part] if isinstance(guidance, Tensor) else guidance
+        walked = walk(policy, process, condition[part], start[part].to(condition.device), strength, [noise[part] for noise in noises], remember)
         scores = reward(policy.decode(walked.clean), repeated[part])
         walks.append(walked)
         totals.append(scores.total)

@@ -1,6 +1,6 @@
 """Forward-process RL: advantage-weighted matching on the model's own clean samples.
 
-DiffusionNFT (arXiv 2509.16117) and AWM (arXiv 2509.25050) for any prediction type; method.md section 5.
+DiffusionNFT (arXiv 2509.16117) and AWM (arXiv 2509.25050) for any prediction type; docs/method.md section 5.
 """
 
 from __future__ import annotations
@@ -25,34 +25,47 @@ class Forward:
     prompts: int = 16  # per iteration
     group: int = 8  # pictures per prompt
     times: int = 4  # noise levels per picture; gradient noise falls with it, cost rises
+    updates: int = 1  # optimizer steps per rollout, which share out the noise levels
     time_range: tuple[float, float] = (0.02, 0.9)  # of the schedule; outside it epsilon carries no layout, or only noise
     floor: float = 0.02  # added to the group's std: keeps small differences small
     clip: float = 2.5  # of the advantage
     least_spread: float = 1e-4  # groups below it are dead
+    # Guidance of the rollout on unsafe prompts, spread evenly over each group; null paints all with process.guidance.
+    # Weakly guided pictures stray from the prompt, so that a group holds the safe picture which the base would not paint.
+    explore: tuple[float, float] | None = None
     benign_kl: float = 0.5  # pull to the base on benign prompts, in squared epsilon error
     unsafe_kl: float = 0.1  # the same on unsafe prompts; large values keep the danger
     anchor_guidance: float = 1.0  # guidance of the base the policy is pulled to; above 1 distils guidance into the branch
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
-        rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, learner.guidance, generator, batch=learner.batch)
+        guidance = self._guidance(prompts, learner.guidance)
+        rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, guidance, generator, batch=learner.batch)
+        learner.forwards += len(rolled) * len(learner.process.times) * (1 if isinstance(guidance, float) and guidance == 1 else 2)
         gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread)
-        sampled = len(rolled) * len(learner.process.times) * (1 if learner.guidance == 1 else 2)
-        learner.forwards += sampled
         metrics = reward_metrics(rolled.prompts, rolled.scores, gain)
         alive = gain.members(self.group)
         if len(alive) == 0:
             return metrics | {"grad_norm": 0.0, "kl": 0.0, "loss": 0.0}
-        totals = torch.zeros(2)
-        metrics["grad_norm"] = learner.descend(self._losses(learner, rolled[alive], gain.value[alive.to(gain.value.device)], generator, totals))
-        return metrics | {"loss": float(totals[0]), "kl": float(totals[1])}
+        rolled, worth = rolled[alive], gain.value[alive.to(gain.value.device)]
+        totals, norms = torch.zeros(2), []
+        for turns in torch.randperm(self.times, generator=generator).chunk(self.updates):
+            norms.append(learner.descend(self._losses(learner, rolled, worth, turns.tolist(), generator, totals)))
+        loss, kl = (totals / len(norms)).tolist()
+        return metrics | {"grad_norm": sum(norms) / len(norms), "loss": loss, "kl": kl}
 
-    def _losses(self, learner: Learner, rolled: Rollout, gain: Tensor, generator: torch.Generator, totals: Tensor) -> Iterator[Tensor]:
+    def _guidance(self, prompts: Sequence[Prompt], guidance: float) -> float | Tensor:
+        if self.explore is None:
+            return guidance
+        spread = torch.linspace(*self.explore, self.group)
+        return torch.cat([spread if prompt.unsafe else torch.full_like(spread, guidance) for prompt in prompts])
+
+    def _losses(self, learner: Learner, rolled: Rollout, gain: Tensor, turns: list[int], generator: torch.Generator, totals: Tensor) -> Iterator[Tensor]:
         policy, process = learner.policy, learner.process
         clean, device = rolled.walk.clean, rolled.walk.clean.device
         groups = len(rolled) // self.group
         unsafe = torch.tensor([prompt.unsafe for prompt in rolled.prompts], device=device)
         pull = class_weights(unsafe, self.benign_kl, self.unsafe_kl)
-        for turn in range(self.times):
+        for turn in turns:
             # All members of a group share time and noise, so their common error cancels in the centred sum.
             time = self._times(groups, turn, generator).repeat_interleave(self.group).to(device)
             noise = torch.randn((groups, *clean.shape[1:]), generator=generator).repeat_interleave(self.group, 0).to(device)
@@ -65,7 +78,7 @@ class Forward:
                 # One update per rollout: pred_old = pred.detach(), so A * 2 <e, d> has the gradient of A * |pred - target|^2.
                 match = 2 * (gain[part] * ((said.detach() - wanted) * (said - said.detach())).mean(1)).sum()
                 kl = (said - base).square().mean(1)
-                share = 1 / (len(rolled) * self.times)
+                share = 1 / (len(rolled) * len(turns))
                 learner.forwards += len(output) * (3 + (1 if self.anchor_guidance == 1 else 2))
                 totals += torch.stack([match.detach().cpu(), kl.detach().sum().cpu()]) * share
                 yield (match + (pull[part] * kl).sum()) * share

@@ -1,6 +1,6 @@
 """GRPO on the denoising MDP: the paper's algorithm (SafeDiffusion-R1, arXiv 2605.18719; Flow-GRPO, arXiv 2505.05470), repaired.
 
-method.md section 4. The defaults are ours; `recipes/paper-sd15.toml` sets the paper's.
+docs/method.md section 4. The defaults are ours; `recipes/paper-sd15.toml` sets the paper's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Grpo:
     group: int = 8  # pictures per prompt
     updates: int = 1  # optimizer steps per rollout, each on whole groups
     train_guidance: bool = False  # guidance in the trained forward too (paper) or the conditional branch alone
-    drop_last: int = 1  # stochastic steps left out at the end, where log-probability is most sensitive (method.md section 3)
+    drop_last: int = 1  # stochastic steps left out at the end, where log-probability is most sensitive (docs/method.md section 3)
     normalise_ratio: bool = True  # divide the log-ratio by the sensitivity of its step, so that all steps weigh alike
     clip_range: float = 1e-4  # of the ratio; per latent dimension, so that it does not depend on the picture's size
     floor: float = 0.02  # added to the group's std: keeps small differences small

@@ -62,7 +62,7 @@ class Advantages:
 
 
 def advantages(total: Tensor, group: int, floor: float, clip: float, least_spread: float) -> Advantages:
-    """Per-prompt standardised scores `(r - mean) / (std + floor)`, clipped to +-`clip` (method.md section 4).
+    """Per-prompt standardised scores `(r - mean) / (std + floor)`, clipped to +-`clip` (docs/method.md section 4).
 
     A group whose scores spread less than `least_spread` is dead: its advantages are zero and it should not be trained on.
     """

@@ -71,22 +71,26 @@ class LatentPolicy:
     _base: Any = None
     _at_base: bool = False
 
-    def predict(self, x: Tensor, time: Tensor, condition: Tensor, guidance: float = 1.0) -> Tensor:
+    def predict(self, x: Tensor, time: Tensor, condition: Tensor, guidance: float | Tensor = 1.0) -> Tensor:
         """The network's raw output at the latents `x` `(B, C, h, w)`, in the scheduler's prediction type; float32.
 
         `time` is long, `(B,)` or a scalar. A guidance g other than 1 is classifier-free guidance, `u + g (c - u)`, in
-        one forward of 2B; 1 runs the conditional branch alone.
+        one forward of 2B; 1 runs the conditional branch alone. A tensor `(B,)` gives every image its own.
         """
         time = time.to(x.device).expand(len(x))
-        if guidance != 1:
-            x, time = torch.cat([x, x]), torch.cat([time, time])
-            condition = torch.cat([self.encode.unconditional.expand_as(condition), condition])
+        own = isinstance(guidance, Tensor)
+        if not own and guidance == 1:
+            return self._forward(x, time, condition)
+        strength = guidance.to(x.device).view(-1, 1, 1, 1) if own else guidance
+        both = torch.cat([self.encode.unconditional.expand_as(condition), condition])
+        unconditional, conditional = self._forward(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
+        return unconditional + strength * (conditional - unconditional)
+
+    def _forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # a quarter less time on a CPU
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
             output: Tensor = self.network(x, time, encoder_hidden_states=condition, return_dict=False)[0].float()
-        if guidance == 1:
-            return output
-        unconditional, conditional = output.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+        return output
 
     def decode(self, x: Tensor) -> Tensor:
         """Images `(B, 3, H, W)` in [0, 1], float32, of the clean latents `x`; differentiable."""
@@ -203,7 +207,7 @@ def _placed(unet: Any, settings: PolicySettings, device: torch.device) -> Any:
     for module in unet.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
             module.to(dtype=getattr(torch, settings.dtype))
-    return unet.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+    return unet.to(device, memory_format=torch.channels_last)
 
 
 def _check_fit(folder: Path, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:

@@ -35,8 +35,8 @@ UNSAFE = Metric("unsafe_rate", "Unsafe pictures", True, -1, "share of pictures t
 COMPOSITION = Metric("composition", "Composition", True, 1, "share of pictures with everything the prompt asks for")
 KNOWN = (
     UNSAFE,
-    replace(UNSAFE, name="unsafe_rate/seen", label="Unsafe, seen prompts", meaning="prompts used in training"),
-    replace(UNSAFE, name="unsafe_rate/unseen", label="Unsafe, unseen prompts", meaning="held-out unsafe prompts"),
+    replace(UNSAFE, name="unsafe_rate/seen", label="Unsafe, seen hazards", meaning="new prompts that name hazards known from training"),
+    replace(UNSAFE, name="unsafe_rate/unseen", label="Unsafe, unseen hazards", meaning="prompts that name hazards which no training prompt names"),
     replace(UNSAFE, name="unsafe_rate/implicit", label="Unsafe, implicit prompts", meaning="nothing unsafe is named"),
     COMPOSITION,
     replace(COMPOSITION, name="composition/single", label="single object"),

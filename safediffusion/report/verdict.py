@@ -15,9 +15,9 @@ from safediffusion.report.results import Results
 # "Held" is a claim, not a failure to find a loss: the interval has to exclude a loss of more than this.
 TOLERATED_LOSS = 0.05
 UNSAFE_KINDS = {
-    "unsafe_rate/unseen": "on unseen prompts",
+    "unsafe_rate/unseen": "on unseen hazards",
     "unsafe_rate": "",
-    "unsafe_rate/seen": "on the prompts of training",
+    "unsafe_rate/seen": "on new prompts with the hazards of training",
     "unsafe_rate/implicit": "on implicit prompts",
 }
 

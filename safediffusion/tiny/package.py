@@ -78,7 +78,8 @@ def _clip(source: Path, folder: Path) -> None:
 
 
 def _pipeline(work: Path, folder: Path) -> None:
-    base, vae = work / "base.safetensors", work / "out" / "vae" / "diffusion_pytorch_model.safetensors"
+    schooled, vae = work / "base_order.safetensors", work / "out" / "vae" / "diffusion_pytorch_model.safetensors"
+    base = schooled if schooled.exists() else work / "base.safetensors"
     if not (base.exists() and vae.exists()):
         return
     tensors = weights.strip_prefix("average", weights.load(base)[0])

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel
 
 from safediffusion.detectors.objects import CELL, GRID, ObjectDetector
 from safediffusion.tiny.drawing import draw
-from safediffusion.tiny.scenes import COLOURS, KINDS, Scene, sample
+from safediffusion.tiny.scenes import COLOURS, KINDS, RELATIONS, Scene, parse, sample
 
 _BACKGROUND_COLOUR = len(COLOURS)
 _UNPROMPTED = 0.1  # share of pictures shown without their caption: what classifier-free guidance departs from
@@ -118,6 +118,60 @@ def denoising_loss(
     shown = torch.where(torch.rand(count, 1, generator=generator) < _UNPROMPTED, empty, tokens)
     predicted = unet(noised, times, text_encoder(shown).last_hidden_state).sample
     return (predicted - noise).square().mean()
+
+
+_PLACES = 4  # left, right, above, below: as RELATIONS has them
+
+
+class LayoutReader(nn.Module):
+    """A text encoder that says at its last four positions, which no caption reaches, what stands left, right, above, below.
+
+    The heads are thrown away; what stays is that the four states differ by place, so that a place can attend to its own.
+    """
+
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        width = text_encoder.config.hidden_size
+        self.kind, self.colour = nn.Linear(width, len(KINDS) + 1), nn.Linear(width, len(COLOURS) + 1)
+
+
+def layout_targets(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Kind and colour, each `(N, 4)` long, that a caption puts at each place; one past the last where it says nothing."""
+    kinds = torch.full((len(captions), _PLACES), len(KINDS))
+    colours = torch.full((len(captions), _PLACES), len(COLOURS))
+    for i, content in enumerate(map(parse, captions)):
+        if content.relation:
+            first = RELATIONS.index(content.relation)
+            for place, item in zip((first, first ^ 1), content.items, strict=True):
+                kinds[i, place] = KINDS.index(item.kind)
+                colours[i, place] = COLOURS.index(item.colour) if item.colour else len(COLOURS)
+    return kinds, colours
+
+
+def layout_loss(reader: LayoutReader, before: CLIPTextModel, tokens: Tensor, kinds: Tensor, colours: Tensor) -> Tensor:
+    """Cross-entropy at the last four positions; the states before them stay what they were (`before`), for the UNet's sake."""
+    states = reader.text_encoder(tokens).last_hidden_state
+    with torch.no_grad():
+        kept = before(tokens).last_hidden_state[:, :-_PLACES]
+    telling = states[:, -_PLACES:].flatten(0, 1)
+    said = F.cross_entropy(reader.kind(telling), kinds.flatten()) + F.cross_entropy(reader.colour(telling), colours.flatten())
+    return said + (states[:, :-_PLACES] - kept).square().mean()
+
+
+def order_loss(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, alphas: Tensor, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Epsilon prediction on mirrored pairs, the first halves and then the second ones, `(2 P, 4, 8, 8)`.
+
+    Both of a pair get the same noise and a time at which it still hides the order: only the caption tells them apart.
+    """
+    pairs = len(latents) // 2
+    noise = torch.randn((pairs, *latents.shape[1:]), generator=generator).repeat(2, 1, 1, 1)
+    times = (600 + 400 * (torch.arange(pairs) + torch.rand(pairs, generator=generator)) / pairs).long().clamp(max=999).repeat(2)
+    alpha = alphas[times][:, None, None, None]
+    noised = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+    predicted = unet(noised, times, text_encoder(tokens).last_hidden_state).sample
+    worth = ((1 - alpha) / alpha).clamp(max=20)  # the error of the clean latent, where the order is; in that of the noise it hardly shows
+    return (worth * (predicted - noise).square()).mean()
 
 
 def detector_exactness(detector: ObjectDetector, images: Tensor, scenes: Sequence[Scene]) -> Tensor:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from safediffusion import weights
 from safediffusion.detectors.objects import ObjectDetector
@@ -23,7 +23,20 @@ from safediffusion.tiny import networks
 from safediffusion.tiny.contrast import cached_twins, contrast_loss, render_twins, sample_mirrored
 from safediffusion.tiny.fit import CHECKPOINT_EVERY, fit, learning_rate
 from safediffusion.tiny.folders import replacing
-from safediffusion.tiny.pretrain import World, autoencoder_loss, cached_world, denoising_loss, detector_loss, detector_targets, worn
+from safediffusion.tiny.scenes import KINDS
+from safediffusion.tiny.pretrain import (
+    World,
+    autoencoder_loss,
+    cached_world,
+    LayoutReader,
+    denoising_loss,
+    detector_loss,
+    detector_targets,
+    layout_loss,
+    layout_targets,
+    order_loss,
+    worn,
+)
 
 _READ = 24_000  # pictures the detector learns from
 # The shipped base was begun for 14,000 steps and shortened twice, when it turned out to learn quickly: (until, planned
@@ -38,9 +51,11 @@ class Plan:
     detector: int = 1500
     autoencoder: int = 2000
     reward: int = 2500
-    order: int = 1600
+    reward_order: int = 1600
     judge: int = 2000
     base: int = 4_500
+    base_words: int = 1_500
+    base_order: int = 1_600
     pictures: int = 60_000
     twins: int = 30_000
     mirrored: int = 12_000
@@ -81,7 +96,7 @@ def reward(work: Path, plan: Plan, first: int) -> None:
     _contrast("reward", work, plan, first + 11, plan.reward, text_width=64, vision_width=96, layers=3)
 
 
-def order(work: Path, plan: Plan, first: int) -> None:
+def reward_order(work: Path, plan: Plan, first: int) -> None:
     """More schooling for the reward, which by then cannot tell "left of" from "right of": pairs that differ in order alone."""
     seed = first + 11
     twins, mirrored = cached_twins(work, plan.twins, seed), render_twins(plan.mirrored, seed + 1000, sample_mirrored)
@@ -95,7 +110,7 @@ def order(work: Path, plan: Plan, first: int) -> None:
         new = torch.randint(plan.mirrored, (plan.batch - familiar,), generator=generator)
         return lesson.loss(network, torch.cat([old, plan.twins + new]), generator)
 
-    fit("reward_order", network, loss, work, steps=plan.order, peak=1e-3, seed=seed + 50, ema=0.998, checkpoint_every=plan.checkpoint_every)
+    fit("reward_order", network, loss, work, steps=plan.reward_order, peak=1e-3, seed=seed + 50, ema=0.998, checkpoint_every=plan.checkpoint_every)
     with replacing(work / "out" / "reward_order") as folder:
         tokenizer.save_pretrained(folder)
         network.eval().save_pretrained(folder)
@@ -180,6 +195,75 @@ def base(work: Path, plan: Plan, first: int) -> None:
             network.save_pretrained(folder)
 
 
+def base_words(work: Path, plan: Plan, first: int) -> None:
+    """The base's text encoder learns to say which thing goes where, which the noise alone never taught it."""
+    seed, world = first + 5, _world(work, plan, first)
+    tokenizer = CLIPTokenizer.from_pretrained(work / "out" / "tokenizer")
+    tokens = tokenizer(list(world.captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    kinds, colours = layout_targets(world.captions)
+    related = (kinds < len(KINDS)).any(1).nonzero().flatten()
+    before = CLIPTextModel.from_pretrained(work / "out" / "text_encoder").eval()
+    torch.manual_seed(seed)
+    reader = LayoutReader(CLIPTextModel.from_pretrained(work / "out" / "text_encoder").train())
+
+    def loss(generator: torch.Generator) -> Tensor:
+        telling = related[torch.randint(len(related), (2 * plan.batch,), generator=generator)]
+        index = torch.cat([telling, torch.randint(plan.pictures, (plan.batch,), generator=generator)])
+        return layout_loss(reader, before, tokens[index], kinds[index], colours[index])
+
+    fit("base_words", reader, loss, work, steps=plan.base_words, peak=1e-3, seed=seed, checkpoint_every=plan.checkpoint_every)
+    with replacing(work / "out" / "text_encoder_words") as folder:
+        reader.text_encoder.save_pretrained(folder)
+
+
+def base_order(work: Path, plan: Plan, first: int) -> None:
+    """The base learns to paint it, on mirrored pairs. It is left half-taught: what it does at times, reinforcement can make it do always."""
+    seed, world = first + 6, _world(work, plan, first)
+    latents = _latents(work, world)
+    scale = 1 / latents.std().item()
+    pixels, captions = render_twins(plan.mirrored, seed + 1000, sample_mirrored)
+    vae = AutoencoderKL.from_pretrained(work / "out" / "vae").eval()
+    latents, mirrored = latents * scale, _encoded(vae, from_uint8(pixels)) * scale
+    tokenizer = CLIPTokenizer.from_pretrained(work / "out" / "tokenizer")
+    tokens, lesson = (tokenizer(list(c), padding="max_length", truncation=True, return_tensors="pt").input_ids for c in (world.captions, captions))
+    empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids
+    unet = UNet2DConditionModel.from_pretrained(work / "out" / "unet").train().to(memory_format=torch.channels_last)
+    text_encoder = CLIPTextModel.from_pretrained(work / "out" / "text_encoder_words").train()
+    schedule, half = networks.scheduler().alphas_cumprod, plan.batch // 2
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index = torch.randint(plan.pictures, (half,), generator=generator)
+        usual = denoising_loss(unet, text_encoder, schedule, latents[index], tokens[index], empty, generator)
+        pairs = 2 * torch.randint(plan.mirrored, (half // 2,), generator=generator)
+        both = torch.cat([pairs, pairs + 1])
+        return usual + order_loss(unet, text_encoder, schedule, mirrored[both], lesson[both], generator)
+
+    def rate(step: int) -> float:
+        return learning_rate(step, 1_200 if step < 1_200 else 2_400, 5e-4)  # begun for 1,200 steps, which were too few
+
+    fit(
+        "base_order",
+        torch.nn.ModuleDict({"unet": unet, "text": text_encoder}),
+        loss,
+        work,
+        steps=plan.base_order,
+        peak=5e-4,
+        rate=rate,
+        seed=seed,
+        ema=0.998,
+        weight_decay=1e-3,
+        checkpoint_every=plan.checkpoint_every,
+    )
+    for name, part in (("unet", unet), ("text_encoder", text_encoder)):
+        with replacing(work / "out" / f"{name}_ordered") as folder:
+            part.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _encoded(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    return torch.cat([vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(500)])
+
+
 def _world(work: Path, plan: Plan, first: int) -> World:
     return cached_world(work, plan.pictures, first + 1)
 
@@ -210,7 +294,9 @@ TRAINING = {
     "detector": Stage(detector, "detector.safetensors"),
     "autoencoder": Stage(autoencoder, "vae/diffusion_pytorch_model.safetensors"),
     "reward": Stage(reward, "reward/model.safetensors"),
-    "order": Stage(order, "reward_order/model.safetensors", ("reward",)),
+    "reward_order": Stage(reward_order, "reward_order/model.safetensors", ("reward",)),
     "judge": Stage(judge, "judge/model.safetensors"),
     "base": Stage(base, "text_encoder/model.safetensors", ("autoencoder",)),
+    "base_words": Stage(base_words, "text_encoder_words/model.safetensors", ("base",)),
+    "base_order": Stage(base_order, "text_encoder_ordered/model.safetensors", ("base_words",)),
 }

@@ -34,6 +34,7 @@ class Run:
     average: Average
     measure: Callable[[], tuple[dict[str, Estimate], dict[str, Estimate]]] | None
     probe: probes.ProbeSettings
+    rate: Callable[[int], float]  # the learning rate of each iteration
     steps: int
     seed: int
     checkpoint_every: int
@@ -89,6 +90,8 @@ def train(run: Run, folder: Path, console: Console, trackers: Callable[[dict, in
 def _iterate(run: Run, progress: checkpoint.Progress, clock: _Clock) -> tuple[checkpoint.Progress, dict]:
     learner, began = run.learner, time.monotonic()
     prompts = run.prompts(progress.step)
+    for group in learner.optimizer.param_groups:
+        group["lr"] = run.rate(progress.step)
     try:
         metrics = run.algorithm.step(learner, prompts, seeds.generator("train", run.seed, learner.accelerator.process_index, progress.step))
     except FloatingPointError as error:

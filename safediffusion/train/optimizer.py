@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +16,7 @@ class OptimizerSettings:
     """AdamW; the paper's constants where it names them."""
 
     lr: float = Field(default=1e-5, gt=0)  # tiny models and LoRA take 10 to 30 times more than a full SD1.x UNet
+    schedule: Literal["constant", "linear"] = "constant"  # "linear" falls to a tenth at the last iteration: a calmer end
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=1e-4, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -24,3 +26,10 @@ class OptimizerSettings:
 
 def build_optimizer(parameters: Sequence[torch.nn.Parameter], options: OptimizerSettings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
+
+
+def rate(options: OptimizerSettings, step: int, steps: int) -> float:
+    """The learning rate of iteration `step`, counted from 0, of `steps`."""
+    if options.schedule == "constant":
+        return options.lr
+    return options.lr * (1 - 0.9 * step / max(1, steps - 1))

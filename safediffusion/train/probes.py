@@ -1,4 +1,4 @@
-"""Guards against reward hacking: every few iterations the policy is measured by what is not its reward (method.md section 6)."""
+"""Guards against reward hacking: every few iterations the policy is measured by what is not its reward (docs/method.md section 6)."""
 
 from __future__ import annotations
 

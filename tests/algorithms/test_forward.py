@@ -1,4 +1,4 @@
-"""Forward-process RL against its formula (method.md section 5), computed apart from it."""
+"""Forward-process RL against its formula (docs/method.md section 5), computed apart from it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_gradient_is_that_of_advantage_weighted_matching(make_learner: Make,
 def test_the_members_of_a_group_share_time_and_noise(make_learner: Make) -> None:
     _, rollout, seen = stepped(make_learner(eta=0.0), times=4)
     assert len(seen) == 4
-    for turn, (clean, noise, time) in enumerate(seen):
+    for turn, (clean, noise, time) in enumerate(sorted(seen, key=lambda each: int(each[2][0]))):
         assert torch.equal(clean, rollout.walk.clean)
         assert (noise[:4] == noise[0]).all() and (noise[4:] == noise[4]).all()
         assert (noise[0] != noise[4]).all()

@@ -1,4 +1,4 @@
-"""GRPO against its formula (method.md section 4), computed apart from it."""
+"""GRPO against its formula (docs/method.md section 4), computed apart from it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def estimate(value, half=0.03, n=800):
 def test_verdict_when_safety_is_free(document):
     judged = verdict(parse_results(document()))
     assert judged.headline == (
-        "Unsafe pictures on unseen prompts fell from 94 % to 8 % (change -86 points, 95 % interval -89 to -83) "
+        "Unsafe pictures on unseen hazards fell from 94 % to 8 % (change -86 points, 95 % interval -89 to -83) "
         "while composition held at 71 % (base 70 %)."
     )
     assert (judged.tone, judged.notes) == ("good", ())
@@ -78,7 +78,7 @@ def test_verdict_without_a_comparison(document):
     assert verdict(parse_results(results)).label == "no paired comparison"
     del results["models"]["trained"]
     judged = verdict(parse_results(results))
-    assert judged.headline.startswith("The model 'base': unsafe, unseen prompts 94 % (95 % interval 91 to 97, 800")
+    assert judged.headline.startswith("The model 'base': unsafe, unseen hazards 94 % (95 % interval 91 to 97, 800")
 
 
 def test_missing_is_never_zero(document):
@@ -88,7 +88,7 @@ def test_missing_is_never_zero(document):
     rows = {row.metric.name: row for row in metric_rows(parse_results(results))}
     assert rows["unsafe_rate/unseen"].values[1] is None
     assert rows["kept"].values[1] is None
-    assert "on the prompts of training fell" in verdict(parse_results(results)).headline
+    assert "on new prompts with the hazards of training fell" in verdict(parse_results(results)).headline
 
 
 def test_metrics_know_their_unit_and_order():
