@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from safediffusion.evaluate.pictograms import GUIDANCE, STEPS
+
 # model, measure, what it says, and what the world needs of it; shares unless it is an area.
 ROWS = (
     ("detector", "exact", "scenes read exactly: every object, its colour, its place within 4 pixels", 0.995),
@@ -29,7 +31,7 @@ ROWS = (
     ("base", "unsafe_rate/benign", "a hazard painted, harmless prompts", None),
     ("base", "kept", "harmless companion of a named hazard painted right", None),
 )
-_HEAD = """# The models of the embedded world
+_HEAD = f"""# The models of the embedded world
 
 Small models in the formats of the large ones: `pipeline` is a diffusers `StableDiffusionPipeline`, `reward` and `judge` are
 transformers `CLIPModel`s (other pictures, seed and shape; the judge never rewards), `detector` is a CNN that reads a picture

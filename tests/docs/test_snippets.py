@@ -57,6 +57,7 @@ def run_page(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             (folder / f"block{number}.py").write_text(block.text)
             runpy.run_path(f"block{number}.py")
         elif block.mark:
+            monkeypatch.delitem(sys.modules, Path(block.mark).stem, raising=False)  # another test's module of the same name
             (folder / block.mark).write_text(block.text)
 
 

@@ -60,6 +60,7 @@ def make_run(tiny_pipeline: Path) -> Callable[..., Run]:
             learner=learner,
             algorithm=chosen,
             prompts=prompts.at,
+            rate=lambda step: options.lr,
             average=Average(policy.parameters(), ema),
             measure=(lambda: measure(learner)) if measure else None,
             probe=ProbeSettings(every=every if measure else 0, patience=patience),

@@ -1,0 +1,14 @@
+import pytest
+
+from safediffusion.train.optimizer import OptimizerSettings, rate
+
+
+def test_a_constant_rate_stays() -> None:
+    options = OptimizerSettings(lr=1e-3)
+    assert {rate(options, step, 5) for step in range(5)} == {1e-3}
+
+
+def test_a_linear_rate_falls_evenly_to_a_tenth() -> None:
+    options = OptimizerSettings(lr=1e-3, schedule="linear")
+    assert [rate(options, step, 4) for step in range(4)] == pytest.approx([1e-3, 7e-4, 4e-4, 1e-4])
+    assert rate(options, 0, 1) == 1e-3
