@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,13 +16,12 @@ from safediffusion.data.anchors import load_anchors
 from safediffusion.data.prompts import prompts_sha256
 from safediffusion.data.sampler import PromptSampler
 from safediffusion.data.screen import screen
-from safediffusion.data.sets import load_set
+from safediffusion.data.sets import SETS, load_set
 from safediffusion.detectors.objects import ObjectDetector
 from safediffusion.encoders.clip import ClipEncoder
 from safediffusion.encoders.hps import load_hps
 from safediffusion.errors import UserError
 from safediffusion.evaluate import pictograms
-from safediffusion.evaluate.statistics import Estimate
 from safediffusion.hub import EMBEDDED, resolve_model, verify
 from safediffusion.policies.latent import LatentPolicy, load_policy
 from safediffusion.process.diffusion import Diffusion
@@ -35,6 +34,7 @@ from safediffusion.rewards.steering import SteeringReward, SteeringSettings
 from safediffusion.train.average import Average
 from safediffusion.train.loop import Run
 from safediffusion.train.optimizer import build_optimizer, rate
+from safediffusion.train.probes import Measure
 from safediffusion.types import Prompt, Reward
 
 PICTOGRAMS = "pictograms"
@@ -169,7 +169,7 @@ def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
         algorithm=recipe.algorithm,
         prompts=sampler.at,
         average=Average(policy.parameters(), recipe.optimizer.ema),
-        measure=_pictograms_probe(recipe, policy) if recipe.probe.every and recipe.model == PICTOGRAMS else None,
+        measure=_probe(recipe, policy),
         probe=recipe.probe,
         rate=lambda step: rate(recipe.optimizer, step, recipe.steps),
         steps=recipe.steps,
@@ -179,16 +179,24 @@ def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
     ), measures
 
 
-def _pictograms_probe(recipe: Recipe, policy: LatentPolicy) -> Callable[[], tuple[dict[str, Estimate], dict[str, Estimate]]]:
+def _probe(recipe: Recipe, policy: LatentPolicy) -> Measure | None:
     """Measures the policy as it stands on validation prompts, against the base on the same seeds."""
-    options, grading = recipe.probe, judges(policy.device)
+    options = recipe.probe
+    if not options.every:
+        return None
+    if recipe.model != PICTOGRAMS and not {recipe.data.safe, recipe.data.unsafe} & set(SETS):
+        warnings.warn(
+            "no detector reads pictures of these prompts, so nothing is probed: no early stop, and the last weights are the result; "
+            "probe.every = 0 says so in the recipe",
+            stacklevel=2,
+        )
+        return None
+    grading = judges(policy.device)
     process = pictograms.sampler(policy)
     sets = {group: load_set(name)[: options.prompts] for group, name in pictograms.VALIDATION_SETS.items()}
 
     def painted() -> pictograms.Painted:
-        images = {
-            group: pictograms.paint(policy, process, chosen, options.samples, pictograms.GUIDANCE, options.seed) for group, chosen in sets.items()
-        }
+        images = {group: pictograms.paint(policy, process, chosen, options.samples, pictograms.GUIDANCE, options.seed) for group, chosen in sets.items()}
         return pictograms.Painted(sets, images, options.samples)
 
     base: list[tuple[pictograms.Painted, pictograms.Marks]] = []
@@ -207,9 +215,7 @@ def _pictograms_probe(recipe: Recipe, policy: LatentPolicy) -> Callable[[], tupl
 
 def identity(recipe: Recipe) -> dict:
     """What must be equal for two commands to be the same run."""
-    return dataclasses.asdict(recipe) | {
-        "prompts": {name: prompts_sha256(load_set(name)) for name in (recipe.data.safe, recipe.data.unsafe) if name}
-    }
+    return dataclasses.asdict(recipe) | {"prompts": {name: prompts_sha256(load_set(name)) for name in (recipe.data.safe, recipe.data.unsafe) if name}}
 
 
 def trackers(recipe: Recipe) -> list[str]:

@@ -29,7 +29,8 @@ class Forward:
     time_range: tuple[float, float] = (0.02, 0.9)  # of the schedule; outside it epsilon carries no layout, or only noise
     floor: float = 0.02  # added to the group's std: keeps small differences small
     clip: float = 2.5  # of the advantage
-    least_spread: float = 1e-4  # groups below it are dead
+    slack: float = 0.0  # scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
+    least_spread: float = 1e-4  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
     # Guidance of the rollout on unsafe prompts, spread evenly over each group; null paints all with process.guidance.
     # Weakly guided pictures stray from the prompt, so that a group holds the safe picture which the base would not paint.
     explore: tuple[float, float] | None = None
@@ -41,7 +42,7 @@ class Forward:
         guidance = self._guidance(prompts, learner.guidance)
         rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, guidance, generator, batch=learner.batch)
         learner.forwards += len(rolled) * len(learner.process.times) * (1 if isinstance(guidance, float) and guidance == 1 else 2)
-        gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread)
+        gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread, self.slack)
         metrics = reward_metrics(rolled.prompts, rolled.scores, gain)
         alive = gain.members(self.group)
         if len(alive) == 0:

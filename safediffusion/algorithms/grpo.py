@@ -31,14 +31,15 @@ class Grpo:
     clip_range: float = 1e-4  # of the ratio; per latent dimension, so that it does not depend on the picture's size
     floor: float = 0.02  # added to the group's std: keeps small differences small
     clip: float = 2.5  # of the advantage
-    least_spread: float = 1e-4  # groups below it are dead
+    slack: float = 0.0  # scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
+    least_spread: float = 1e-4  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
     benign_kl: float = 0.5  # weight of KL(policy || base) per dimension on benign prompts
     unsafe_kl: float = 0.1  # the same on unsafe prompts; large values keep the danger
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
         rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, learner.guidance, generator, True, learner.batch)
         learner.forwards += len(rolled) * len(learner.process.times) * (1 if learner.guidance == 1 else 2)
-        gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread)
+        gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread, self.slack)
         metrics = reward_metrics(rolled.prompts, rolled.scores, gain)
         alive = gain.members(self.group).view(-1, self.group)
         alive = alive[torch.randperm(len(alive), generator=generator)]

@@ -61,15 +61,17 @@ class Advantages:
         return torch.arange(len(self.value))[self.alive.cpu().repeat_interleave(group)]
 
 
-def advantages(total: Tensor, group: int, floor: float, clip: float, least_spread: float) -> Advantages:
+def advantages(total: Tensor, group: int, floor: float, clip: float, least_spread: float, slack: float = 0.0) -> Advantages:
     """Per-prompt standardised scores `(r - mean) / (std + floor)`, clipped to +-`clip` (docs/method.md section 4).
 
-    A group whose scores spread less than `least_spread` is dead: its advantages are zero and it should not be trained on.
+    Scores within `slack` of the best of their group count as equal. A group whose scores then spread less than `least_spread`
+    is dead: its advantages are zero and it should not be trained on.
     """
     grouped = total.float().view(-1, group)
+    grouped = torch.minimum(grouped, grouped.amax(1, keepdim=True) - slack)
     centred = grouped - grouped.mean(1, keepdim=True)
     spread = centred.square().mean(1, keepdim=True).sqrt()
-    alive = spread[:, 0] > least_spread
+    alive = spread[:, 0] >= least_spread
     value = (centred / (spread + floor)).clamp(-clip, clip) * alive[:, None]
     return Advantages(value.flatten(), alive)
 

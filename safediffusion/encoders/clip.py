@@ -181,8 +181,7 @@ def _folder(source: str | Path, revision: str | None) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"'{source}' is no folder here and could not be fetched from the Hugging Face Hub ({reason}); "
-            "pass the path of a local folder with a saved CLIPModel"
+            f"'{source}' is no folder here and could not be fetched from the Hugging Face Hub ({reason}); pass the path of a local folder with a saved CLIPModel"
         ) from error
 
 

@@ -22,7 +22,7 @@ from safediffusion.tiny.scenes import TASKS, parse
 from safediffusion.types import Encoder, Policy, Process, Prompt
 
 PROTOCOL = "pictograms@1"
-STEPS, GUIDANCE = 8, 2.0
+STEPS, GUIDANCE = 8, 1.5
 SETS = {
     "safe": "pictograms/test-safe",
     "seen": "pictograms/test-unsafe-seen",

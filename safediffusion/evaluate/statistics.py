@@ -72,9 +72,7 @@ def paired_change(base: ArrayLike, trained: ArrayLike, seed: int) -> Estimate:
     """
     base, trained = _by_prompt(base), _by_prompt(trained)
     if base.shape != trained.shape:
-        raise ValueError(
-            f"a paired change needs the same prompts and seeds for both models, got {base.shape} and {trained.shape}"
-        )
+        raise ValueError(f"a paired change needs the same prompts and seeds for both models, got {base.shape} and {trained.shape}")
     return mean_over_prompts(trained - base, seed)
 
 
@@ -100,10 +98,7 @@ def _by_prompt(values: ArrayLike) -> NDArray[np.float64]:
 def _bootstrap_interval(means: NDArray[np.float64], seed: int) -> tuple[float, float]:
     generator = np.random.default_rng(seed)
     rows = max(1, INDICES_AT_ONCE // means.size)
-    resampled = [
-        means[generator.integers(means.size, size=(min(rows, RESAMPLES - start), means.size))].mean(axis=1)
-        for start in range(0, RESAMPLES, rows)
-    ]
+    resampled = [means[generator.integers(means.size, size=(min(rows, RESAMPLES - start), means.size))].mean(axis=1) for start in range(0, RESAMPLES, rows)]
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.concatenate(resampled), (tail, 1 - tail))
     return float(low), float(high)

@@ -31,11 +31,7 @@ def composed(content: Content, found: Sequence[Found]) -> bool:
     if len(content.items) == 1:
         return any(_fits(thing, content.items[0]) for thing in found)
     first, second = content.items
-    return any(
-        a is not b and _fits(a, first) and _fits(b, second) and (not content.relation or _stands(a, b, content.relation))
-        for a in found
-        for b in found
-    )
+    return any(a is not b and _fits(a, first) and _fits(b, second) and (not content.relation or _stands(a, b, content.relation)) for a in found for b in found)
 
 
 def unsafe(found: Sequence[Found]) -> bool:

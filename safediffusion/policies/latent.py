@@ -217,10 +217,7 @@ def _check_fit(folder: Path, unet: Any, vae: Any, text_encoder: Any, tokenizer: 
             f"latent has {vae.config.latent_channels}; an inpainting or learned-variance model is not supported"
         )
     if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
-        raise UserError(
-            f"{folder}: the UNet expects a condition of width {unet.config.cross_attention_dim}, "
-            f"the text encoder gives {text_encoder.config.hidden_size}"
-        )
+        raise UserError(f"{folder}: the UNet expects a condition of width {unet.config.cross_attention_dim}, the text encoder gives {text_encoder.config.hidden_size}")
     if len(tokenizer) > text_encoder.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} words, the text encoder knows {text_encoder.config.vocab_size}")
 

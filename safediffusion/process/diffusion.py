@@ -98,8 +98,7 @@ class Diffusion:
             )
         if self.prediction_type == "epsilon" and self.alphas_cumprod[times[0]] == 0:
             raise ValueError(
-                f"time {times[0]} has no signal (rescale_betas_zero_snr), where epsilon says nothing of the image; "
-                'it takes a model with prediction_type "v_prediction"'
+                f'time {times[0]} has no signal (rescale_betas_zero_snr), where epsilon says nothing of the image; it takes a model with prediction_type "v_prediction"'
             )
 
     @classmethod

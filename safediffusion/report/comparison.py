@@ -63,8 +63,5 @@ def _comparison(runs: Sequence[Run]) -> Comparison:
     results = [run.results for run in runs]
     metrics = in_order({name for each in results for name in each.models[each.subject]})
     metrics = tuple(of for of in metrics if not of.part)
-    rows = tuple(
-        tuple(Cell(of, each.estimate(each.subject, of.name), each.change(of.name)) for of in metrics)
-        for each in results
-    )
+    rows = tuple(tuple(Cell(of, each.estimate(each.subject, of.name), each.change(of.name)) for of in metrics) for each in results)
     return Comparison(results[0].protocol_id, tuple(runs), metrics, rows)

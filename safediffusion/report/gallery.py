@@ -47,11 +47,7 @@ def read_gallery(folder: Path) -> list[Pair]:
 
 
 def _pair(folder: Path, row: Mapping[str, Any]) -> Pair:
-    pictures = tuple(
-        _picture(folder, model, row[model], bool(row.get(f"{model}_unsafe", False)))
-        for model in ("base", "trained")
-        if row.get(model)
-    )
+    pictures = tuple(_picture(folder, model, row[model], bool(row.get(f"{model}_unsafe", False))) for model in ("base", "trained") if row.get(model))
     return Pair(str(row.get("prompt", "")), row.get("seed"), str(row.get("group", "other")), pictures)
 
 

@@ -32,9 +32,7 @@ def render(runs: Sequence[Run]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(ROOM), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=FileSystemLoader(ROOM), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["typeset"] = typeset
     environment.globals.update(as_value=as_value, as_change=as_change, as_interval=as_interval, marks=MARKS)
     comparisons = compare(runs) if len(runs) > 1 else []

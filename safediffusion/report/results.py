@@ -89,10 +89,7 @@ def parse_results(document: Mapping[str, Any], origin: str = "results") -> Resul
 
 
 def _estimates(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
-    return {
-        name: Estimate(*(as_number(fields.get(key)) for key in ("value", "low", "high")), n=int(fields.get("n") or 0))
-        for name, fields in metrics.items()
-    }
+    return {name: Estimate(*(as_number(fields.get(key)) for key in ("value", "low", "high")), n=int(fields.get("n") or 0)) for name, fields in metrics.items()}
 
 
 def as_number(value: Any) -> float:

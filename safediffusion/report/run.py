@@ -33,10 +33,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read run folders; those of the same name are told apart by their parents'."""
     folders = [Path(folder).resolve() for folder in folders]
     names = [folder.name for folder in folders]
-    return [
-        _read(folder, folder.name if names.count(folder.name) == 1 else f"{folder.parent.name}/{folder.name}")
-        for folder in folders
-    ]
+    return [_read(folder, folder.name if names.count(folder.name) == 1 else f"{folder.parent.name}/{folder.name}") for folder in folders]
 
 
 def _read(folder: Path, name: str) -> Run:

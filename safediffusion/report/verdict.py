@@ -92,8 +92,7 @@ def _notes(results: Results, headline: str, lost: list[str]) -> list[str]:
         notes.append(f"Diversity fell {_from_to(results, 'diversity', results.changes['diversity'])}.")
     if lost:
         notes.append(
-            "Suppressed or collapsed? A model that paints less of everything also paints fewer unsafe pictures: "
-            "look at the pictures before trusting the unsafe rate."
+            "Suppressed or collapsed? A model that paints less of everything also paints fewer unsafe pictures: look at the pictures before trusting the unsafe rate."
         )
     if results.change("diversity") is None:
         notes.append("Diversity was not measured on both models, so a collapse to few pictures is not excluded.")

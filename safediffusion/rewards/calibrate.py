@@ -69,9 +69,7 @@ def _share(right: Tensor) -> float:
     return float(right.cpu().double().mean())
 
 
-def accuracy_rows(
-    encoder: Encoder, direction: Direction, pairs: Pairs, method: Method = "translation", alphas: Sequence[float] = ALPHAS
-) -> list[dict[str, Any]]:
+def accuracy_rows(encoder: Encoder, direction: Direction, pairs: Pairs, method: Method = "translation", alphas: Sequence[float] = ALPHAS) -> list[dict[str, Any]]:
     """`pair_accuracy` at each alpha, as the rows of direction.json."""
     seen, rows = _see(encoder, pairs), []
     for alpha in alphas:
@@ -118,8 +116,7 @@ def measure_direction(
 ) -> dict[str, Any]:
     """What direction.json holds. `prompts`, of both kinds, must not be those that the direction was fitted with."""
     projections = {
-        kind: _project(encoder, direction, [prompt.text for prompt in prompts if prompt.unsafe == unsafe])
-        for kind, unsafe in (("safe", False), ("unsafe", True))
+        kind: _project(encoder, direction, [prompt.text for prompt in prompts if prompt.unsafe == unsafe]) for kind, unsafe in (("safe", False), ("unsafe", True))
     }
     return {
         "name": name,

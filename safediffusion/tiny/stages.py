@@ -23,12 +23,11 @@ from safediffusion.tiny import networks
 from safediffusion.tiny.contrast import cached_twins, contrast_loss, render_twins, sample_mirrored
 from safediffusion.tiny.fit import CHECKPOINT_EVERY, fit, learning_rate
 from safediffusion.tiny.folders import replacing
-from safediffusion.tiny.scenes import KINDS
 from safediffusion.tiny.pretrain import (
+    LayoutReader,
     World,
     autoencoder_loss,
     cached_world,
-    LayoutReader,
     denoising_loss,
     detector_loss,
     detector_targets,
@@ -37,6 +36,7 @@ from safediffusion.tiny.pretrain import (
     order_loss,
     worn,
 )
+from safediffusion.tiny.scenes import KINDS
 
 _READ = 24_000  # pictures the detector learns from
 # The shipped base was begun for 14,000 steps and shortened twice, when it turned out to learn quickly: (until, planned

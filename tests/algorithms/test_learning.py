@@ -26,11 +26,15 @@ from safediffusion.tiny.scenes import parse
 from safediffusion.types import Algorithm, Prompt
 
 # Few prompts, few iterations and a high rate: a minute at most. What is measured are other prompts, of the validation split.
-ITERATIONS, PICTURES = 6, 10
+ITERATIONS, PICTURES = 8, 10
 MEASURED = {"safe": load_set("pictograms/validation-safe")[:24], "implicit": load_set("pictograms/validation-implicit")[:32]}
 ALGORITHMS = {
-    "forward": (Forward(prompts=6, group=PICTURES, times=2, time_range=(0.3, 0.95), benign_kl=1.0, unsafe_kl=0.1), 0.0, 5e-4),
-    "grpo": (Grpo(prompts=6, group=PICTURES, benign_kl=0.1, unsafe_kl=0.01), 1.0, 3e-4),
+    "forward": (
+        Forward(prompts=6, group=PICTURES, times=2, updates=2, time_range=(0.3, 0.95), explore=(0.3, 1.5), benign_kl=1.0, unsafe_kl=0.05),
+        0.0,
+        3e-4,
+    ),
+    "grpo": (Grpo(prompts=6, group=PICTURES, benign_kl=0.1, unsafe_kl=0.01), 1.0, 5e-4),
 }
 
 

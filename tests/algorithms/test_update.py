@@ -68,6 +68,13 @@ def test_dead_groups_have_no_advantage_and_no_members() -> None:
     assert gain.dead_share == pytest.approx(2 / 3)
 
 
+def test_scores_near_the_best_count_as_equal() -> None:
+    gain = advantages(torch.tensor([0.70, 0.75, 0.5, 0.4, 0.6, 0.61, 0.55, 0.63]), 4, 0.01, 2.5, 1e-4, slack=0.1)
+    assert gain.alive.tolist() == [True, False]  # all of the second group are near enough
+    assert gain.value[0] == gain.value[1] > gain.value[2] > gain.value[3]
+    assert gain.value[4:].tolist() == [0, 0, 0, 0]
+
+
 def test_weights_go_by_the_class_of_the_prompt() -> None:
     torch.testing.assert_close(class_weights(torch.tensor([True, False, True]), 0.5, 0.1), torch.tensor([0.1, 0.5, 0.1]))
 

@@ -14,6 +14,7 @@ import torch
 
 from safediffusion import load_recipe, post_train
 from safediffusion.files import read_jsonl
+from safediffusion.hub import EMBEDDED
 from safediffusion.weights import load
 
 ROOT = Path(__file__).parents[2]
@@ -250,7 +251,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on_afterwards(command, shell
     small, saved = tmp_path / "small", tmp_path / "saved"
     small.mkdir()
     # What was written on the small disk is copied out before the disk goes.
-    before = f"mount -t tmpfs -o size=30m tmpfs {small}\n(exec \"$@\") && exit || code=$?\ncp -r {small}/run {saved}\nexit $code"
+    before = f'mount -t tmpfs -o size=30m tmpfs {small}\n(exec "$@") && exit || code=$?\ncp -r {small}/run {saved}\nexit $code'
     ended = shell("train", recipe, "--out", small / "run", before=before)
     assert ended.returncode == 2, ended.stderr
     last = ended.stderr.splitlines()[-1]
@@ -293,3 +294,14 @@ def test_a_tracker_that_is_not_installed(command, recipe: Path, tmp_path: Path, 
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     command("train", recipe, 'log.trackers=["wandb"]', "--out", tmp_path / "run").refused("log.trackers names wandb", "pip install wandb")
+
+
+def test_probes_that_no_detector_can_serve_are_named(command, recipe: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(EMBEDDED / "pipeline", tmp_path / "own")
+    (tmp_path / "benign.txt").write_text("a red circle\na blue square\n")
+    (tmp_path / "unsafe.txt").write_text("a skull\na knife\n")
+    own = [f"model={copy}", f"data.safe={tmp_path / 'benign.txt'}", f"data.unsafe={tmp_path / 'unsafe.txt'}", "steps=1"]
+    ended = command("train", recipe, *own, "--out", tmp_path / "run")
+    assert ended.code == 0
+    assert "nothing is probed" in ended.err
+    assert [record["kind"] for record in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == ["train"]

@@ -25,9 +25,7 @@ def estimate(value, half=0.03, n=800):
     return {"value": value, "low": value - half, "high": value + half, "n": n}
 
 
-def make_document(
-    unsafe=(0.94, 0.08), composition=(0.70, 0.71), diversity=(0.31, 0.30), change_half=0.03, protocol=None
-):
+def make_document(unsafe=(0.94, 0.08), composition=(0.70, 0.71), diversity=(0.31, 0.30), change_half=0.03, protocol=None):
     base, trained, changes = {}, {}, {}
     pairs = {
         "unsafe_rate/seen": (0.95, 0.05),
@@ -131,10 +129,7 @@ def fill_folder(folder, results=None):
             "safe": generator.normal(0.2, 0.1, 120).tolist(),
             "unsafe": generator.normal(-0.2, 0.13, 90).tolist(),
         },
-        "pair_accuracy": [
-            {"alpha": a, "safe_preferred": 0.35 + 0.64 * (1 - math.exp(-2 * a)), "content_kept": 0.97 - 0.09 * a**2}
-            for a in alphas
-        ],
+        "pair_accuracy": [{"alpha": a, "safe_preferred": 0.35 + 0.64 * (1 - math.exp(-2 * a)), "content_kept": 0.97 - 0.09 * a**2} for a in alphas],
     }
     (folder / "direction.json").write_text(json.dumps(direction))
     return folder

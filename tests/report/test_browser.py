@@ -92,9 +92,7 @@ def test_comparison_in_a_real_browser(document, fill, browser, tmp_path, width):
     ]
     show(browser, write_report(folders, tmp_path / "out"), width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    repeated = (
-        "const all = [...document.querySelectorAll('[id]')].map(e => e.id); return all.length - new Set(all).size"
-    )
+    repeated = "const all = [...document.querySelectorAll('[id]')].map(e => e.id); return all.length - new Set(all).size"
     assert browser.execute_script(repeated) == 0
     screenshot(browser, f"comparison-{width}.png")
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []

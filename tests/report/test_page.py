@@ -122,8 +122,5 @@ def test_model_card(document, tmp_path):
 
 
 def test_report_needs_no_torch_and_imports_quickly():
-    script = (
-        "import sys; import safediffusion.report.page, safediffusion.report.card; "
-        "assert not {'torch', 'matplotlib', 'scipy', 'rich', 'jinja2'} & set(sys.modules)"
-    )
+    script = "import sys; import safediffusion.report.page, safediffusion.report.card; assert not {'torch', 'matplotlib', 'scipy', 'rich', 'jinja2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

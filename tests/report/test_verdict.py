@@ -16,8 +16,7 @@ def estimate(value, half=0.03, n=800):
 def test_verdict_when_safety_is_free(document):
     judged = verdict(parse_results(document()))
     assert judged.headline == (
-        "Unsafe pictures on unseen hazards fell from 94 % to 8 % (change -86 points, 95 % interval -89 to -83) "
-        "while composition held at 71 % (base 70 %)."
+        "Unsafe pictures on unseen hazards fell from 94 % to 8 % (change -86 points, 95 % interval -89 to -83) while composition held at 71 % (base 70 %)."
     )
     assert (judged.tone, judged.notes) == ("good", ())
 
@@ -50,9 +49,7 @@ def test_held_is_a_claim_that_a_wide_interval_cannot_make(document):
     results["changes"]["composition"] = estimate(0.01, 0.2, n=12)
     judged = verdict(parse_results(results))
     assert judged.tone == "mixed"
-    assert (
-        "composition is not settled at 71 % (base 70 %): change +1 points, 95 % interval -19 to +21" in judged.headline
-    )
+    assert "composition is not settled at 71 % (base 70 %): change +1 points, 95 % interval -19 to +21" in judged.headline
 
 
 def test_verdict_says_what_was_not_measured(document):

@@ -7,7 +7,9 @@ from safediffusion.tiny.stages import Plan
 @pytest.fixture(scope="session")
 def short_plan():
     """Every stage in a few steps, on a few pictures, with a checkpoint in the middle."""
-    return Plan(detector=3, autoencoder=3, reward=3, reward_order=3, judge=3, base=3, base_words=3, base_order=3, pictures=96, twins=48, mirrored=24, batch=6, checkpoint_every=2)
+    return Plan(
+        detector=3, autoencoder=3, reward=3, reward_order=3, judge=3, base=3, base_words=3, base_order=3, pictures=96, twins=48, mirrored=24, batch=6, checkpoint_every=2
+    )
 
 
 @pytest.fixture(scope="session")
