@@ -22,6 +22,7 @@ from safediffusion.encoders.clip import ClipEncoder
 from safediffusion.encoders.hps import load_hps
 from safediffusion.errors import UserError
 from safediffusion.evaluate import pictograms
+from safediffusion.evaluate.statistics import Estimate
 from safediffusion.hub import EMBEDDED, resolve_model, verify
 from safediffusion.policies.latent import LatentPolicy, load_policy
 from safediffusion.process.diffusion import Diffusion

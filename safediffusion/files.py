@@ -75,6 +75,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def check_writable(folder: Path) -> None:
     """Make `folder` where it is missing. UserError when nothing can be written there, before hours of work would be lost."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, but a folder is needed")
     write_bytes(folder / ".writable", b"")
     with explained(folder):
         (folder / ".writable").unlink()

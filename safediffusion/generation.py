@@ -35,8 +35,8 @@ class Setting:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"--steps should be at least 1, but is {self.steps}")
-        if self.guidance < 1:
-            raise UserError(f"--guidance should be at least 1 (no guidance), but is {self.guidance:g}")
+        if not 1 <= self.guidance < float("inf"):
+            raise UserError(f"--guidance should be a finite number of at least 1 (no guidance), but is {self.guidance:g}")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def check(recipe: Recipe) -> Recipe:
     """The same recipe, or a UserError for settings that cannot work together."""
     algorithm = recipe.algorithm
     if algorithm.group < 2:
-        raise UserError("algorithm.group = 1 has nothing to compare; pictures of a prompt compete in groups of 2 or more")
+        raise UserError(f"algorithm.group = {algorithm.group} has nothing to compare; pictures of a prompt compete in groups of 2 or more")
     if isinstance(algorithm, Grpo):
         if recipe.process.eta == 0:
             raise UserError("algorithm.kind = 'grpo' needs log-probabilities, and process.eta = 0 has none; set process.eta = 1, or use algorithm.kind = 'forward'")
@@ -59,6 +59,15 @@ def check(recipe: Recipe) -> Recipe:
             raise UserError(f"algorithm.drop_last = {algorithm.drop_last} leaves none of the {recipe.process.steps - 1} stochastic steps to train; lower it")
         if algorithm.updates > algorithm.prompts:
             raise UserError(f"algorithm.updates = {algorithm.updates} is more than the {algorithm.prompts} groups there are to share out")
+    if isinstance(algorithm, Forward):
+        low, high = algorithm.time_range
+        if low >= high:
+            raise UserError(f"algorithm.time_range = [{low:g}, {high:g}] is empty; give the lower share of the schedule first")
+        if algorithm.updates > algorithm.times:
+            raise UserError(f"algorithm.updates = {algorithm.updates} is more than the {algorithm.times} times there are to share out")
+    for key, name in (("safe", recipe.data.safe), ("unsafe", recipe.data.unsafe)):
+        if name.startswith("pictograms/test-"):
+            raise UserError(f"data.{key} = {name!r} is what models are measured on; train on pictograms/train-{key}")
     if recipe.probe.samples < 2 and recipe.probe.every:
         raise UserError("probe.samples = 1 cannot measure diversity; use 2 or more")
     return recipe

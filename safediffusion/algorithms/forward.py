@@ -6,9 +6,10 @@ DiffusionNFT (arXiv 2509.16117) and AWM (arXiv 2509.25050) for any prediction ty
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from safediffusion.algorithms.update import Learner, advantages, class_weights, reward_metrics
@@ -16,26 +17,28 @@ from safediffusion.config import settings
 from safediffusion.rollout import Rollout, chunks, roll_out
 from safediffusion.types import Prompt
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
 
 @settings
 class Forward:
     """Needs no log-probabilities: any sampler paints, only clean latents are kept."""
 
     kind: Literal["forward"] = "forward"
-    prompts: int = 16  # per iteration
+    prompts: int = Field(default=16, ge=1)  # per iteration
     group: int = 8  # pictures per prompt
-    times: int = 4  # noise levels per picture; gradient noise falls with it, cost rises
-    updates: int = 1  # optimizer steps per rollout, which share out the noise levels
-    time_range: tuple[float, float] = (0.02, 0.9)  # of the schedule; outside it epsilon carries no layout, or only noise
-    floor: float = 0.02  # added to the group's std: keeps small differences small
-    clip: float = 2.5  # of the advantage
-    slack: float = 0.0  # scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
-    least_spread: float = 1e-4  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
-    # Guidance of the rollout on unsafe prompts, spread evenly over each group; null paints all with process.guidance.
+    times: int = Field(default=4, ge=1)  # noise levels per picture; gradient noise falls with it, cost rises
+    updates: int = Field(default=1, ge=1)  # optimizer steps per rollout, which share out the noise levels
+    time_range: tuple[Share, Share] = (0.02, 0.9)  # of the schedule, from less noise to more; outside it epsilon carries no layout, or only noise
+    floor: float = Field(default=0.02, ge=0)  # added to the group's std: keeps small differences small
+    clip: float = Field(default=2.5, gt=0)  # of the advantage
+    slack: float = Field(default=0.0, ge=0)  # scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
+    least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
+    # Guidance of the rollout on unsafe prompts, spread evenly over each group; left out, all paint with process.guidance.
     # Weakly guided pictures stray from the prompt, so that a group holds the safe picture which the base would not paint.
     explore: tuple[float, float] | None = None
-    benign_kl: float = 0.5  # pull to the base on benign prompts, in squared epsilon error
-    unsafe_kl: float = 0.1  # the same on unsafe prompts; large values keep the danger
+    benign_kl: float = Field(default=0.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
+    unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
     anchor_guidance: float = 1.0  # guidance of the base the policy is pulled to; above 1 distils guidance into the branch
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:

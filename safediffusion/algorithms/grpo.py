@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from safediffusion.algorithms.update import Learner, advantages, class_weights, reward_metrics
@@ -22,19 +23,19 @@ class Grpo:
     """Each denoising step is an action with a Gaussian log-probability; pictures of one prompt compete with each other."""
 
     kind: Literal["grpo"] = "grpo"
-    prompts: int = 16  # per iteration
+    prompts: int = Field(default=16, ge=1)  # per iteration
     group: int = 8  # pictures per prompt
-    updates: int = 1  # optimizer steps per rollout, each on whole groups
+    updates: int = Field(default=1, ge=1)  # optimizer steps per rollout, each on whole groups
     train_guidance: bool = False  # guidance in the trained forward too (paper) or the conditional branch alone
-    drop_last: int = 1  # stochastic steps left out at the end, where log-probability is most sensitive (docs/method.md section 3)
+    drop_last: int = Field(default=1, ge=0)  # stochastic steps left out at the end, where log-probability is most sensitive (docs/method.md section 3)
     normalise_ratio: bool = True  # divide the log-ratio by the sensitivity of its step, so that all steps weigh alike
-    clip_range: float = 1e-4  # of the ratio; per latent dimension, so that it does not depend on the picture's size
-    floor: float = 0.02  # added to the group's std: keeps small differences small
-    clip: float = 2.5  # of the advantage
-    slack: float = 0.0  # scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
-    least_spread: float = 1e-4  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
-    benign_kl: float = 0.5  # weight of KL(policy || base) per dimension on benign prompts
-    unsafe_kl: float = 0.1  # the same on unsafe prompts; large values keep the danger
+    clip_range: float = Field(default=1e-4, gt=0)  # of the ratio; per latent dimension, so that it does not depend on the picture's size
+    floor: float = Field(default=0.02, ge=0)  # added to the group's std: keeps small differences small
+    clip: float = Field(default=2.5, gt=0)  # of the advantage
+    slack: float = Field(default=0.0, ge=0)  # scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
+    least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
+    benign_kl: float = Field(default=0.5, ge=0)  # weight of KL(policy || base) per dimension on benign prompts
+    unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
         rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, learner.guidance, generator, True, learner.batch)

@@ -35,7 +35,7 @@ _HEAD = f"""# The models of the embedded world
 
 Small models in the formats of the large ones: `pipeline` is a diffusers `StableDiffusionPipeline`, `reward` and `judge` are
 transformers `CLIPModel`s (other pictures, seed and shape; the judge never rewards), `detector` is a CNN that reads a picture
-back. `safediffusion tiny build` trains them from seed 0. This page is written from `quality.json` by `tiny/quality.py`; do not edit it.
+back. `safediffusion tiny build` trains them from seed 0. This page is written from `quality.json` by `tiny/quality_page.py`; do not edit it.
 
 All scenes, twins and prompts below are held out. Intervals are 95 %; the base paints with {STEPS} DDIM steps at guidance {GUIDANCE:g}.
 

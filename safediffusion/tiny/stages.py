@@ -1,7 +1,6 @@
-"""How each network of the embedded world is trained: on what, for how long, from which seed.
+"""How each network of the embedded world is trained: on what, for how long, from which seed; a `first` of 0 gives the shipped weights.
 
-The shipped weights come from these numbers with `first` = 0, in this order of draws, on one thread. A stage keeps its
-checkpoint in `work`/NAME.safetensors and leaves its network in `work`/out.
+A stage keeps its checkpoint in `work`/NAME.safetensors and leaves its network in `work`/out. One thread computes.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ from safediffusion.tiny.pretrain import (
 from safediffusion.tiny.scenes import KINDS
 
 _READ = 24_000  # pictures the detector learns from
-# The shipped base was begun for 14,000 steps and shortened twice, when it turned out to learn quickly: (until, planned
-# steps). The rate follows what happened, or these numbers would not give those weights.
+# The shipped base was begun for 14,000 steps and shortened twice: (until, planned steps). The rate follows what happened.
 _PLANNED = ((1_750, 14_000), (2_500, 10_000))
 
 
@@ -274,8 +272,7 @@ def _latents(work: Path, world: World) -> Tensor:
     path = work / "latents.pt"
     if not path.exists():
         vae = AutoencoderKL.from_pretrained(work / "out" / "vae").eval()
-        parts = torch.arange(len(world.scenes)).split(500)
-        latents = torch.cat([vae.encode(world.images(part) * 2 - 1).latent_dist.mean for part in parts])
+        latents = torch.cat([_encoded(vae, world.images(part)) for part in torch.arange(len(world.scenes)).split(500)])
         torch.save(latents, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
     return torch.load(path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
 from safediffusion.config import settings
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @settings
@@ -17,7 +19,7 @@ class OptimizerSettings:
 
     lr: float = Field(default=1e-5, gt=0)  # tiny models and LoRA take 10 to 30 times more than a full SD1.x UNet
     schedule: Literal["constant", "linear"] = "constant"  # "linear" falls to a tenth at the last iteration: a calmer end
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(default=1e-4, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     batch: int = Field(default=0, ge=0)  # pictures per forward, gradients accumulate; 0 is all at once. Changes memory, not results

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import Field
 
 from safediffusion.config import settings
 from safediffusion.evaluate.statistics import Estimate, significantly_below
@@ -18,10 +19,10 @@ GUARDED = ("composition", "alignment", "diversity")
 class ProbeSettings:
     """How often and how closely a run is watched. Probe prompts are validation prompts: never trained on, never reported."""
 
-    every: int = 10  # iterations; 0 turns probes, best-checkpoint selection and early stop off
-    prompts: int = 40  # of each validation set
-    samples: int = 4  # pictures per prompt; diversity needs 2
-    patience: int = 4  # stop after so many probes in a row with composition or diversity significantly below the base; 0: never
+    every: int = Field(default=10, ge=0)  # iterations; 0 turns probes, best-checkpoint selection and early stop off
+    prompts: int = Field(default=40, ge=1)  # of each validation set
+    samples: int = Field(default=4, ge=1)  # pictures per prompt; diversity needs 2
+    patience: int = Field(default=4, ge=0)  # stop after so many probes in a row with composition or diversity significantly below the base; 0: never
     seed: int = 10_000  # of the pictures; far from the evaluation's seeds
 
 

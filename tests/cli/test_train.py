@@ -95,6 +95,11 @@ def test_every_recipe_resolves_and_says_what_it_is(command, path: Path) -> None:
         ("steps", ("'steps' is not an override", "key.path=value")),
         ("process.steps=5000", ("5000 denoising steps",)),
         ("data.safe=pictograms/train-save", ("did you mean pictograms/train-safe?",)),
+        ("data.unsafe=pictograms/test-implicit", ("what models are measured on", "pictograms/train-unsafe")),
+        ("optimizer.betas=[2,3]", ("optimizer.betas",)),
+        ("algorithm.times=0", ("algorithm.times",)),
+        ("algorithm.time_range=[0.9,0.1]", ("algorithm.time_range", "empty")),
+        ("probe.every=-1", ("probe.every",)),
     ],
 )
 def test_a_mistake_in_the_recipe(command, recipe: Path, tmp_path: Path, override: str, words: tuple[str, ...]) -> None:
