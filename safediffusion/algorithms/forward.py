@@ -5,6 +5,7 @@ DiffusionNFT (arXiv 2509.16117) and AWM (arXiv 2509.25050) for any prediction ty
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ from safediffusion.rollout import Rollout, chunks, roll_out
 from safediffusion.types import Prompt
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Guidance = Annotated[float, Field(ge=0, lt=math.inf)]
 
 
 @settings
@@ -36,7 +38,7 @@ class Forward:
     least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
     # Guidance of the rollout on unsafe prompts, spread evenly over each group; left out, all paint with process.guidance.
     # Weakly guided pictures stray from the prompt, so that a group holds the safe picture which the base would not paint.
-    explore: tuple[float, float] | None = None
+    explore: tuple[Guidance, Guidance] | None = None
     benign_kl: float = Field(default=0.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
     unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
     anchor_guidance: float = 1.0  # guidance of the base the policy is pulled to; above 1 distils guidance into the branch
@@ -44,7 +46,8 @@ class Forward:
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
         guidance = self._guidance(prompts, learner.guidance)
         rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, guidance, generator, batch=learner.batch)
-        learner.forwards += len(rolled) * len(learner.process.times) * (1 if isinstance(guidance, float) and guidance == 1 else 2)
+        guided = torch.as_tensor(guidance).expand(len(rolled)) != 1
+        learner.forwards += (len(rolled) + int(guided.sum())) * len(learner.process.times)
         gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread, self.slack)
         metrics = reward_metrics(rolled.prompts, rolled.scores, gain)
         alive = gain.members(self.group)
@@ -79,7 +82,8 @@ class Forward:
                 with torch.no_grad(), policy.reference():
                     anchor = policy.predict(x[part], time[part], rolled.condition[part], self.anchor_guidance)
                 said, wanted, base = (process.to_epsilon(o, x[part], time[part]).flatten(1) for o in (output, target[part], anchor))
-                # One update per rollout: pred_old = pred.detach(), so A * 2 <e, d> has the gradient of A * |pred - target|^2.
+                # With pred_old = pred.detach(), A * 2 <e, d> has the gradient of A * |pred - target|^2. Later updates of a rollout
+                # match it from where the earlier ones led: what is matched are clean pictures, which no update makes stale at once.
                 match = 2 * (gain[part] * ((said.detach() - wanted) * (said - said.detach())).mean(1)).sum()
                 kl = (said - base).square().mean(1)
                 share = 1 / (len(rolled) * len(turns))

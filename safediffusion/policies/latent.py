@@ -75,16 +75,19 @@ class LatentPolicy:
         """The network's raw output at the latents `x` `(B, C, h, w)`, in the scheduler's prediction type; float32.
 
         `time` is long, `(B,)` or a scalar. A guidance g other than 1 is classifier-free guidance, `u + g (c - u)`, in
-        one forward of 2B; 1 runs the conditional branch alone. A tensor `(B,)` gives every image its own.
+        one forward of 2B; 1 runs the conditional branch alone. A tensor `(B,)`, on the CPU, gives every image its own;
+        images with 1 have no unconditional branch then either.
         """
         time = time.to(x.device).expand(len(x))
-        own = isinstance(guidance, Tensor)
-        if not own and guidance == 1:
+        strength = torch.as_tensor(guidance, dtype=torch.float32).expand(len(x))
+        guided = (strength != 1).nonzero().flatten()
+        if len(guided) == 0:
             return self._forward(x, time, condition)
-        strength = guidance.to(x.device).view(-1, 1, 1, 1) if own else guidance
-        both = torch.cat([self.encode.unconditional.expand_as(condition), condition])
-        unconditional, conditional = self._forward(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
-        return unconditional + strength * (conditional - unconditional)
+        strength, guided = strength[guided].view(-1, 1, 1, 1).to(x.device), guided.to(x.device)
+        inputs = (torch.cat([whole[guided], whole]) for whole in (x, time))
+        both = torch.cat([self.encode.unconditional.expand_as(condition[guided]), condition])
+        unconditional, conditional = self._forward(*inputs, both).split([len(guided), len(x)])
+        return conditional.index_copy(0, guided, unconditional + strength * (conditional[guided] - unconditional))
 
     def _forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # a quarter less time on a CPU

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,22 +176,7 @@ def base(work: Path, plan: Plan, first: int) -> None:
     def rate(step: int) -> float:
         return learning_rate(step, next((planned for until, planned in _PLANNED if step < until), plan.base), 1e-3)
 
-    fit(
-        "base",
-        torch.nn.ModuleDict({"unet": unet, "text": text_encoder}),
-        loss,
-        work,
-        steps=plan.base,
-        peak=1e-3,
-        rate=rate,
-        seed=first + 4,
-        ema=0.9992,
-        weight_decay=1e-3,
-        checkpoint_every=plan.checkpoint_every,
-    )
-    for name, network in (("unet", unet), ("text_encoder", text_encoder)):
-        with replacing(work / "out" / name) as folder:
-            network.save_pretrained(folder)
+    _school("base", "", unet, text_encoder, loss, work, plan, steps=plan.base, peak=1e-3, rate=rate, seed=first + 4, ema=0.9992)
 
 
 def base_words(work: Path, plan: Plan, first: int) -> None:
@@ -239,22 +225,16 @@ def base_order(work: Path, plan: Plan, first: int) -> None:
     def rate(step: int) -> float:
         return learning_rate(step, 1_200 if step < 1_200 else 2_400, 5e-4)  # begun for 1,200 steps, which were too few
 
-    fit(
-        "base_order",
-        torch.nn.ModuleDict({"unet": unet, "text": text_encoder}),
-        loss,
-        work,
-        steps=plan.base_order,
-        peak=5e-4,
-        rate=rate,
-        seed=seed,
-        ema=0.998,
-        weight_decay=1e-3,
-        checkpoint_every=plan.checkpoint_every,
-    )
-    for name, part in (("unet", unet), ("text_encoder", text_encoder)):
-        with replacing(work / "out" / f"{name}_ordered") as folder:
-            part.save_pretrained(folder)
+    _school("base_order", "_ordered", unet, text_encoder, loss, work, plan, steps=plan.base_order, peak=5e-4, rate=rate, seed=seed, ema=0.998)
+
+
+def _school(name: str, suffix: str, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, loss: Callable, work: Path, plan: Plan, **schooling: Any) -> None:
+    """Fit both networks of the base together, and leave each in the folder of its name and `suffix`."""
+    both = torch.nn.ModuleDict({"unet": unet, "text": text_encoder})
+    fit(name, both, loss, work, weight_decay=1e-3, checkpoint_every=plan.checkpoint_every, **schooling)
+    for part, network in (("unet", unet), ("text_encoder", text_encoder)):
+        with replacing(work / "out" / f"{part}{suffix}") as folder:
+            network.save_pretrained(folder)
 
 
 @torch.no_grad()

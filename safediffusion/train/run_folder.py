@@ -95,6 +95,8 @@ def _check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
     fixed = [{key: value for key, value in each.items() if key not in _FREE} for each in (was, now)]
     if found := difference(*fixed):
         raise UserError(f"{folder} is the folder of another run: {found}; choose another --out, or repeat its own recipe to resume it")
+    if now["steps"] > was["steps"] and now.get("optimizer", {}).get("schedule") == "linear":
+        raise UserError(f"{folder} fell to its last learning rate over {was['steps']} steps: made longer it would be no run of {now['steps']}; choose another --out")
     if now["steps"] < was["steps"]:
         raise UserError(f"{folder} is a run of {was['steps']} steps, and steps is now {now['steps']}: a run can be made longer, not shorter; choose another --out")
 

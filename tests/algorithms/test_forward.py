@@ -168,3 +168,27 @@ def test_an_update_makes_better_pictures_easier_to_denoise(make_learner: Make) -
         after = regret()
         with learner.policy.reference():
             assert after < regret()
+
+
+def test_exploration_spreads_the_guidance_of_unsafe_prompts_alone(make_learner: Make) -> None:
+    learner = make_learner(eta=0.0)
+    metrics, _, seen = stepped(learner, explore=(0.5, 2.0), least_spread=0.0)
+    guidance = torch.tensor([1.0] * 4 + [0.5, 1.0, 1.5, 2.0])
+    expected = roll_out(learner.policy, learner.process, learner.reward, PROMPTS, 4, guidance, seeded())
+    torch.testing.assert_close(seen[0][0], expected.walk.clean)
+    plain = roll_out(learner.policy, learner.process, learner.reward, PROMPTS, 4, 1.0, seeded())
+    moved = (expected.walk.clean - plain.walk.clean).flatten(1).abs().amax(1) > 1e-4
+    assert moved.tolist() == [False] * 4 + [True, False, True, True]
+    # Rollout: 4 steps of 8 pictures, 3 of them with an unconditional branch. Training: 2 times, forward and backward and base.
+    assert learner.forwards == 4 * (8 + 3) + 2 * 8 * 4
+    assert metrics["grad_norm"] > 0
+
+
+def test_updates_share_out_the_times(make_learner: Make) -> None:
+    learner, steps = make_learner(), []
+    learner.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    _, _, seen = stepped(learner, times=4, updates=2, least_spread=0.0)
+    low, high = Forward().time_range
+    strata = sorted(int((float(time[0]) / 1000 - low) / (high - low) * 4) for _, _, time in seen)
+    assert strata == [0, 1, 2, 3]
+    assert len(steps) == 2

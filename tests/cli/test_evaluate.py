@@ -109,7 +109,7 @@ def test_what_cannot_be_evaluated(command, run: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "model")
     command("evaluate", run, "--out", tmp_path / "out").refused("has no model yet")
     (tmp_path / "file").write_text("")
-    command("evaluate", "pictograms", *QUICK, "--out", tmp_path / "file").refused("a part of its path is a file")
+    command("evaluate", "pictograms", *QUICK, "--out", tmp_path / "file").refused("is a file, but a folder is needed")
     assert not (tmp_path / "out").exists()
 
 

@@ -71,7 +71,7 @@ def test_nothing_is_painted_when_every_prompt_is_refused(command, tmp_path: Path
         (("--prompt", " "), ("--prompt is empty",)),
         (("--prompts", "none.txt"), ("none.txt does not exist",)),
         (("--prompt", "a", "--steps", 0), ("--steps should be at least 1",)),
-        (("--prompt", "a", "--guidance", 0.5), ("--guidance should be at least 1",)),
+        (("--prompt", "a", "--guidance", 0.5), ("--guidance should be a finite number of at least 1",)),
         (("--prompt", "a", "--size", 30), ("image_size = 30 is not a multiple of 4",)),
     ],
 )

@@ -210,6 +210,12 @@ def test_the_folder_of_another_run(command, run: Path, recipe: Path) -> None:
     assert (run / "run.json").read_bytes() == before
 
 
+def test_a_run_whose_rate_fell_to_its_end_is_not_made_longer(command, recipe: Path, tmp_path: Path) -> None:
+    falling = ("optimizer.schedule=linear", "probe.every=0", "--out", tmp_path / "falling")
+    assert command("train", recipe, *falling).code == 0
+    command("train", recipe, "steps=3", *falling).refused("last learning rate over 2 steps", "another --out")
+
+
 def test_a_folder_that_is_something_else(command, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     command("train", recipe, "--out", tmp_path).refused("not empty", "notes.txt", "choose another --out")

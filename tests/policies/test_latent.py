@@ -29,7 +29,7 @@ def latents() -> Tensor:
     return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def predict(policy: LatentPolicy, latents: Tensor, guidance: float = 1.0) -> Tensor:
+def predict(policy: LatentPolicy, latents: Tensor, guidance: float | Tensor = 1.0) -> Tensor:
     with torch.no_grad():
         return policy.predict(latents, TIME, policy.encode(TEXTS), guidance)
 
@@ -71,6 +71,18 @@ def test_guided_prediction_is_that_of_the_pipeline(tiny_pipeline: Path, pipeline
     torch.testing.assert_close(predict(policy, latents, 5.0), u + 5.0 * (c - u))
     torch.testing.assert_close(predict(policy, latents, 0.0), u)
     torch.testing.assert_close(predict(policy, latents), c)
+
+
+def test_every_image_may_have_a_guidance_of_its_own(tiny_pipeline: Path, latents: Tensor) -> None:
+    policy = load_policy(tiny_pipeline, LORA)
+    mixed = predict(policy, latents, torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(mixed[0], predict(policy, latents, 1.0)[0])
+    torch.testing.assert_close(mixed[1], predict(policy, latents, 3.0)[1])
+    widths = []
+    policy.network.register_forward_hook(lambda module, inputs, output: widths.append(len(inputs[0])))
+    for guidance in (torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), 3.0, 1.0):
+        predict(policy, latents, guidance)
+    assert widths == [3, 2, 4, 2]  # who is not guided has no unconditional branch
 
 
 def test_scalar_time_is_the_time_of_all(tiny_pipeline: Path, latents: Tensor) -> None:
