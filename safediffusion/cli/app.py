@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Annotated, TextIO
 
 import typer
+from typer.exceptions import TyperException
 
 from safediffusion.cli import demo, direction, evaluate, export, generate, report, tiny, train
 from safediffusion.errors import UserError
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(arguments)
         except UserError as error:
             return _fail(str(error))
+        except TyperException as error:
+            return _fail(_usage(error))
         except BrokenPipeError:  # the reader of our output has gone, such as `| head`
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (or the interpreter complains at its end)
             return FAILED
@@ -68,10 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    try:
-        return app(arguments, prog_name="safediffusion", standalone_mode=True) or 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else FAILED
+    code = app(arguments, prog_name="safediffusion", standalone_mode=False) or 0
     if code == INTERRUPTED:
         print("\ninterrupted; the same command again goes on where it stopped", file=sys.stderr)
     return code
@@ -82,6 +82,13 @@ def _fail(sentence: str) -> int:
         traceback.print_exc()
     print(f"error: {sentence}", file=sys.stderr)
     return USAGE
+
+
+def _usage(error: TyperException) -> str:
+    """What is wrong with the words of the command, and where its help is."""
+    context = getattr(error, "ctx", None)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return f"{message[:1].lower()}{message[1:]}; see {context.command_path if context else 'safediffusion'} --help"
 
 
 def _sentence(error: Exception) -> str | None:

@@ -50,9 +50,9 @@ def command(
         raise UserError("--prompt is empty; say what to paint")
     asked = [*(Prompt(text.strip()) for text in prompt or ()), *(read_prompts(prompts) if prompts else ())]
     setting = Setting(steps, guidance, size, dtype)
+    found, at = locate(model, revision), build.device(device)
     with Progress(*progress_columns(), console=progress_console()) as progress:
-        at = build.device(device)
-        done = generate(locate(model, revision), asked, out, setting=setting, seed=seed, samples=samples, batch=batch_size, device=at, progress=progress)
+        done = generate(found, asked, out, setting=setting, seed=seed, samples=samples, batch=batch_size, device=at, progress=progress)
     typer.echo(f"{out} holds {done.painted + done.there_before} pictures: {done.painted} new, {done.there_before} there before")
     if done.refused:
         typer.echo(f"{done.refused} of {len(asked)} prompts were refused by the prompt screen")

@@ -27,19 +27,26 @@ def test_help_shows_examples_that_can_be_run(command, name) -> None:
 
 def test_no_arguments_and_an_unknown_command(command) -> None:
     assert "Commands" in command().out
-    ended = command("trian")
-    assert ended.code == 2
-    assert "train" in ended.err
+    command("trian").refused("no such command 'trian'", "'train'", "see safediffusion --help")
 
 
 def test_version(command) -> None:
     assert re.fullmatch(r"safediffusion \d+\.\d+\.\d+\n", command("--version").out)
 
 
-def test_a_missing_option_is_a_usage_error(command) -> None:
-    assert command("demo").code == 2
-    ended = command("evaluate", "pictograms")
-    assert (ended.code, ended.err) == (2, "error: --out is missing: name a folder for the results\n")
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("demo",), "missing option '--out'; see safediffusion demo --help"),
+        (("generate",), "missing argument 'MODEL'; see safediffusion generate --help"),
+        (("generate", "pictograms", "--sampels", 2), "no such option: --sampels (Possible options: --samples, --steps); see safediffusion generate --help"),
+        (("generate", "pictograms", "--samples", 0, "--out", "there"), "invalid value for '--samples': Input should be greater than or equal to 1; see safediffusion generate --help"),
+        (("evaluate", "pictograms"), "--out is missing: name a folder for the results"),
+    ],
+)
+def test_a_usage_error_is_one_sentence(command, arguments, sentence) -> None:
+    ended = command(*arguments)
+    assert (ended.code, ended.err) == (2, f"error: {sentence}\n")
 
 
 @pytest.mark.parametrize(
