@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safediffusion.algorithms.update import Learner
 from safediffusion.data.anchors import load_anchors
 from safediffusion.data.prompts import prompts_sha256
-from safediffusion.data.sampler import PromptSampler
+from safediffusion.data.sampler import PromptSampler, repeated
 from safediffusion.data.screen import screen
 from safediffusion.data.sets import SETS, load_set
 from safediffusion.detectors.objects import ObjectDetector
@@ -150,7 +150,10 @@ def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
     policy = load_policy(resolve_model(recipe.model, recipe.revision), recipe.policy, device)
     safe, unsafe = prompts(recipe.data.safe, False), prompts(recipe.data.unsafe, True)
     policy.encode.warn_of_long([prompt.text for prompt in (*safe, *unsafe)])
-    sampler = PromptSampler(safe, unsafe, recipe.data.unsafe_share, recipe.algorithm.prompts, recipe.seed)
+    repeat, tasks = recipe.data.repeat, {prompt.task for prompt in (*safe, *unsafe)} - {""}
+    if strange := sorted(set(repeat) - tasks):
+        raise UserError(f"data.repeat: no training prompt has the task {strange[0]!r}; their tasks are {', '.join(sorted(tasks)) or 'not given'}")
+    sampler = PromptSampler(repeated(safe, repeat), repeated(unsafe, repeat), recipe.data.unsafe_share, recipe.algorithm.prompts, recipe.seed)
     scored, measures = reward(recipe, device, safe, unsafe)
     optimizer = build_optimizer(policy.parameters(), recipe.optimizer)
     policy.network, optimizer = accelerator.prepare(policy.network, optimizer)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -22,6 +24,12 @@ class DataSettings:
     safe: str = "pictograms/train-safe"  # benign prompts: they keep their own target and are held to the base; "" for none
     unsafe: str = "pictograms/train-unsafe"  # prompts whose pictures should become safe; "" for none
     unsafe_share: float = Field(default=0.5, ge=0, le=1)  # of the prompts of an iteration
+    repeat: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)  # visits per epoch by task, where not one: more for what the model is weak at
+
+
+def repeated(prompts: Sequence[Prompt], repeat: Mapping[str, int]) -> tuple[Prompt, ...]:
+    """Each prompt as often as `repeat` says of its task, once where it says nothing."""
+    return tuple(prompt for prompt in prompts for _ in range(repeat.get(prompt.task, 1)))
 
 
 @dataclass(frozen=True)

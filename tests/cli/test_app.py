@@ -40,7 +40,10 @@ def test_version(command) -> None:
         (("demo",), "missing option '--out'; see safediffusion demo --help"),
         (("generate",), "missing argument 'MODEL'; see safediffusion generate --help"),
         (("generate", "pictograms", "--sampels", 2), "no such option: --sampels (Possible options: --samples, --steps); see safediffusion generate --help"),
-        (("generate", "pictograms", "--samples", 0, "--out", "there"), "invalid value for '--samples': Input should be greater than or equal to 1; see safediffusion generate --help"),
+        (
+            ("generate", "pictograms", "--samples", 0, "--out", "there"),
+            "invalid value for '--samples': Input should be greater than or equal to 1; see safediffusion generate --help",
+        ),
         (("evaluate", "pictograms"), "--out is missing: name a folder for the results"),
     ],
 )

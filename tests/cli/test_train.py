@@ -96,6 +96,8 @@ def test_every_recipe_resolves_and_says_what_it_is(command, path: Path) -> None:
         ("process.steps=5000", ("5000 denoising steps",)),
         ("data.safe=pictograms/train-save", ("did you mean pictograms/train-safe?",)),
         ("data.unsafe=pictograms/test-implicit", ("what models are measured on", "pictograms/train-unsafe")),
+        ("data.repeat.relation=0", ("data.repeat.relation = 0 is not allowed",)),
+        ("data.repeat.relations=2", ("no training prompt has the task 'relations'", "binding, count, relation")),
         ("optimizer.betas=[2,3]", ("optimizer.betas",)),
         ("algorithm.times=0", ("algorithm.times",)),
         ("algorithm.time_range=[0.9,0.1]", ("algorithm.time_range", "empty")),

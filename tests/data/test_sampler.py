@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safediffusion.data.sampler import PromptSampler
+from safediffusion.data.sampler import PromptSampler, repeated
 from safediffusion.errors import UserError
 from safediffusion.types import Prompt
 
@@ -79,3 +79,11 @@ def test_the_order_changes_with_the_epoch_and_with_the_seed():
 def test_the_impossible_is_refused_at_once(wrong, sentence):
     with pytest.raises(UserError, match=sentence):
         sampler(**wrong)
+
+
+def test_a_weak_task_is_visited_more_often():
+    asked = (Prompt("a", task="single"), Prompt("a left of b", task="relation"), Prompt("c"))
+    twice = repeated(asked, {"relation": 3})
+    source = PromptSampler(twice, (), 0.0, len(twice), 0)
+    assert Counter(prompt.text for prompt in source.at(0)) == {"a": 1, "a left of b": 3, "c": 1}
+    assert repeated(asked, {}) == asked
