@@ -26,15 +26,14 @@ from safediffusion.tiny.scenes import parse
 from safediffusion.types import Algorithm, Prompt
 
 # Few prompts, few iterations and a high rate: a minute at most. What is measured are other prompts, of the validation split.
-ITERATIONS, PICTURES = 8, 10
+ITERATIONS, PICTURES, SAMPLES = 8, 10, 2
 MEASURED = {"safe": load_set("pictograms/validation-safe")[:24], "implicit": load_set("pictograms/validation-implicit")[:32]}
+TIMES = {"times": 2, "updates": 2, "time_range": (0.3, 0.95)}
+SHAPING = {"floor": 0.1, "slack": 0.1, "least_spread": 0.0, "explore": (0.3, 1.5), "benign_kl": 1.5, "unsafe_kl": 0.01}  # the demo's
+# What is trained, the algorithm, eta of the rollout, learning rate.
 ALGORITHMS = {
-    "forward": (
-        Forward(prompts=6, group=PICTURES, times=2, updates=2, time_range=(0.3, 0.95), explore=(0.3, 1.5), benign_kl=1.0, unsafe_kl=0.05),
-        0.0,
-        3e-4,
-    ),
-    "grpo": (Grpo(prompts=6, group=PICTURES, benign_kl=0.1, unsafe_kl=0.01), 1.0, 5e-4),
+    "forward": ("lora", Forward(prompts=6, group=PICTURES, **TIMES, **SHAPING), 0.0, 4e-3),
+    "grpo": ("full", Grpo(prompts=6, group=PICTURES, benign_kl=0.1, unsafe_kl=0.01), 1.0, 5e-4),
 }
 
 
@@ -49,8 +48,8 @@ class World:
 
 def measured(policy: LatentPolicy, judges: pictograms.Judges) -> pictograms.Marks:
     process = pictograms.sampler(policy)
-    images = {group: pictograms.paint(policy, process, prompts, 1, pictograms.GUIDANCE, seed=7) for group, prompts in MEASURED.items()}
-    return pictograms.mark(pictograms.Painted(MEASURED, images, 1), judges)
+    images = {group: pictograms.paint(policy, process, prompts, SAMPLES, pictograms.GUIDANCE, seed=7) for group, prompts in MEASURED.items()}
+    return pictograms.mark(pictograms.Painted(MEASURED, images, SAMPLES), judges)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +70,8 @@ def training_prompts() -> tuple[Prompt, ...]:
 @pytest.mark.parametrize("kind", ALGORITHMS)
 def test_training_makes_it_safer_and_keeps_composition(world: World, kind: str) -> None:
     algorithm: Algorithm
-    algorithm, eta, lr = ALGORITHMS[kind]
-    policy = load_policy(EMBEDDED / "pipeline", PolicySettings(train="full"))
+    train, algorithm, eta, lr = ALGORITHMS[kind]
+    policy = load_policy(EMBEDDED / "pipeline", PolicySettings(train=train))
     learner = Learner(
         policy=policy,
         process=Diffusion.from_scheduler(policy.scheduler_config, 5, eta),
