@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from safediffusion.algorithms.update import Learner, advantages, class_weights, reward_metrics
+from safediffusion.algorithms.update import Advantages, Learner, advantages, class_weights, reward_metrics, unlikeness
 from safediffusion.config import settings
 from safediffusion.rollout import Rollout, chunks, roll_out
 from safediffusion.types import Prompt
@@ -35,6 +36,7 @@ class Forward:
     floor: float = Field(default=0.02, ge=0)  # added to the group's std: keeps small differences small
     clip: float = Field(default=2.5, gt=0)  # of the advantage
     slack: float = Field(default=0.0, ge=0)  # scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
+    diversity: float = Field(default=0.0, ge=0)  # advantage, on benign prompts, of a good picture for being unlike the group's other good ones
     least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
     # Guidance of the rollout on unsafe prompts, spread evenly over each group; left out, all paint with process.guidance.
     # Weakly guided pictures stray from the prompt, so that a group holds the safe picture which the base would not paint.
@@ -50,6 +52,7 @@ class Forward:
         learner.forwards += (len(rolled) + int(guided.sum())) * len(learner.process.times)
         gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread, self.slack)
         metrics = reward_metrics(rolled.prompts, rolled.scores, gain)
+        gain = self._diversified(gain, rolled)
         alive = gain.members(self.group)
         if len(alive) == 0:
             return metrics | {"grad_norm": 0.0, "kl": 0.0, "loss": 0.0}
@@ -59,6 +62,13 @@ class Forward:
             norms.append(learner.descend(self._losses(learner, rolled, worth, turns.tolist(), generator, totals)))
         loss, kl = (totals / len(norms)).tolist()
         return metrics | {"grad_norm": sum(norms) / len(norms), "loss": loss, "kl": kl}
+
+    def _diversified(self, gain: Advantages, rolled: Rollout) -> Advantages:
+        if not self.diversity:
+            return gain
+        bonus = self.diversity * unlikeness(rolled.walk.clean, rolled.scores.total, self.group, self.slack)
+        unsafe = torch.tensor([prompt.unsafe for prompt in rolled.prompts], device=bonus.device)
+        return replace(gain, value=gain.value + bonus.where(~unsafe, 0.0))
 
     def _guidance(self, prompts: Sequence[Prompt], guidance: float) -> float | Tensor:
         if self.explore is None:

@@ -76,6 +76,22 @@ def advantages(total: Tensor, group: int, floor: float, clip: float, least_sprea
     return Advantages(value.flatten(), alive)
 
 
+def unlikeness(clean: Tensor, total: Tensor, group: int, slack: float) -> Tensor:
+    """How unlike the other good pictures of its group each good picture is, `(B,)`: standardised over them, 0 for the rest.
+
+    Good are those within `slack` of the best score of their group; the measure is the mean squared distance of the clean
+    latents `(B, C, H, W)`.
+    """
+    latents, scores = clean.float().reshape(-1, group, clean[0].numel()), total.float().view(-1, group)
+    good = scores >= scores.amax(1, keepdim=True) - slack
+    count = good.sum(1, keepdim=True)
+    others = good[:, None, :] & ~torch.eye(group, dtype=torch.bool, device=good.device)
+    distance = (torch.cdist(latents, latents).square() * others).sum(2) / (count - 1).clamp(min=1)
+    centred = (distance - (distance * good).sum(1, keepdim=True) / count) * good
+    spread = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    return (centred / spread.clamp(min=1e-6)).flatten()
+
+
 def reward_metrics(prompts: Sequence[Prompt], scores: Scores, gain: Advantages) -> dict[str, float]:
     """Mean scores of a rollout: the total, its parts, and the total of each prompt class that occurs."""
     unsafe = torch.tensor([prompt.unsafe for prompt in prompts], device=scores.total.device)

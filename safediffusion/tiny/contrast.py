@@ -70,13 +70,13 @@ def sample_twins(rng: np.random.Generator) -> tuple[tuple[str, Scene], tuple[str
     return (caption, scene), (other.caption(), scene_for(rng, other))
 
 
-def sample_mirrored(rng: np.random.Generator) -> tuple[tuple[str, Scene], tuple[str, Scene]]:
-    """Two shapes in a relation, and the same two the other way round: nothing but the order tells the captions apart."""
+def sample_mirrored(rng: np.random.Generator, relations: tuple[str, ...] = RELATIONS) -> tuple[tuple[str, Scene], tuple[str, Scene]]:
+    """Two shapes in one of `relations`, and the same two the other way round: nothing but the order tells the captions apart."""
     first = _shape(rng, rng.random() < 0.5)
     second = _shape(rng, bool(first.colour))
     while second.kind == first.kind:
         second = _shape(rng, bool(first.colour))
-    content = Content((first, second), str(rng.choice(RELATIONS)), str(rng.choice(("", "", "", *SAFE_TONES))))
+    content = Content((first, second), str(rng.choice(relations)), str(rng.choice(("", "", "", *SAFE_TONES))))
     mirrored = replace(content, relation=RELATIONS[RELATIONS.index(content.relation) ^ 1])
     state = int(rng.integers(2**32))
     one, other = ((each.caption(), scene_for(np.random.default_rng(state), each)) for each in (content, mirrored))

@@ -18,6 +18,7 @@ from safediffusion.tiny.folders import replacing
 from safediffusion.tiny.scenes import SIZE
 
 PARTS = ("detector", "pipeline", "reward", "judge")
+_BASES = ("base_upright", "base_order", "base")  # checkpoints of the base, the newest stage first
 LIMIT = 16_000_000  # bytes in all: the wheel carries them
 # What a CLIPModel is fed with. transformers can write this file only where torchvision is installed.
 _PIXELS = {
@@ -78,9 +79,9 @@ def _clip(source: Path, folder: Path) -> None:
 
 
 def _pipeline(work: Path, folder: Path) -> None:
-    schooled, vae = work / "base_order.safetensors", work / "out" / "vae" / "diffusion_pytorch_model.safetensors"
-    base = schooled if schooled.exists() else work / "base.safetensors"
-    if not (base.exists() and vae.exists()):
+    vae = work / "out" / "vae" / "diffusion_pytorch_model.safetensors"
+    base = next((path for name in _BASES if (path := work / f"{name}.safetensors").exists()), None)
+    if base is None or not vae.exists():
         return
     tensors = weights.strip_prefix("average", weights.load(base)[0])
     tokenizer = CLIPTokenizer.from_pretrained(work / "out" / "tokenizer")
