@@ -18,7 +18,7 @@ from safediffusion.tiny.folders import replacing
 from safediffusion.tiny.scenes import SIZE
 
 PARTS = ("detector", "pipeline", "reward", "judge")
-_BASES = ("base_upright", "base_order", "base")  # checkpoints of the base, the newest stage first
+_BASES = ("base_settle", "base_upright", "base_order", "base")  # checkpoints of the base, the newest stage first
 LIMIT = 16_000_000  # bytes in all: the wheel carries them
 # What a CLIPModel is fed with. transformers can write this file only where torchvision is installed.
 _PIXELS = {

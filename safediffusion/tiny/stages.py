@@ -5,7 +5,7 @@ A stage keeps its checkpoint in `work`/NAME.safetensors and leaves its network i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,8 @@ class Plan:
     base: int = 4_500
     base_words: int = 1_500
     base_order: int = 1_600
-    base_upright: int = 230
+    base_upright: int = 300
+    base_settle: int = 300
     pictures: int = 60_000
     twins: int = 30_000
     mirrored: int = 12_000
@@ -158,22 +159,39 @@ class _Lesson:
         return contrast_loss(network, images, self.tokens[index], self.mask[index], meaning[:, None] == meaning[None])
 
 
+@dataclass(frozen=True, eq=False)
+class _Painting:
+    """The world as the denoiser learns it: latents of unit scale with the tokens of their captions."""
+
+    latents: Tensor  # (N, 4, 8, 8)
+    tokens: Tensor  # (N, L)
+    empty: Tensor  # (1, L), for guidance
+    scale: float
+    tokenizer: CLIPTokenizer
+
+    @classmethod
+    def of(cls, work: Path, plan: Plan, first: int) -> _Painting:
+        world = _world(work, plan, first)
+        latents = _latents(work, world)
+        scale = 1 / latents.std().item()
+        tokenizer = CLIPTokenizer.from_pretrained(work / "out" / "tokenizer")
+        return cls(latents * scale, _tokens(tokenizer, world.captions), _tokens(tokenizer, [""]), scale, tokenizer)
+
+    def loss(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, count: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(self.latents), (count,), generator=generator)
+        return denoising_loss(unet, text_encoder, networks.scheduler().alphas_cumprod, self.latents[index], self.tokens[index], self.empty, generator)
+
+
 def base(work: Path, plan: Plan, first: int) -> None:
-    world = _world(work, plan, first)
-    latents = _latents(work, world)
-    latents = latents * (1 / latents.std().item())
     with replacing(work / "out" / "tokenizer") as folder:
-        tokenizer = networks.build_tokenizer(list(world.captions[:8000]), folder)
-    tokens = tokenizer(list(world.captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
-    empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids
+        networks.build_tokenizer(list(_world(work, plan, first).captions[:8000]), folder)
+    painting = _Painting.of(work, plan, first)
     torch.manual_seed(first + 3)
     unet = networks.unet().to(memory_format=torch.channels_last)  # a third faster on a CPU
-    text_encoder = networks.text_encoder(tokenizer)
-    schedule = networks.scheduler().alphas_cumprod
+    text_encoder = networks.text_encoder(painting.tokenizer)
 
     def loss(generator: torch.Generator) -> Tensor:
-        index = torch.randint(plan.pictures, (plan.batch,), generator=generator)
-        return denoising_loss(unet, text_encoder, schedule, latents[index], tokens[index], empty, generator)
+        return painting.loss(unet, text_encoder, plan.batch, generator)
 
     def rate(step: int) -> float:
         return learning_rate(step, next((planned for until, planned in _PLANNED if step < until), plan.base), 1e-3)
@@ -185,7 +203,7 @@ def base_words(work: Path, plan: Plan, first: int) -> None:
     """The base's text encoder learns to say which thing goes where, which the noise alone never taught it."""
     seed, world = first + 5, _world(work, plan, first)
     tokenizer = CLIPTokenizer.from_pretrained(work / "out" / "tokenizer")
-    tokens = tokenizer(list(world.captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    tokens = _tokens(tokenizer, world.captions)
     kinds, colours = layout_targets(world.captions)
     related = (kinds < len(KINDS)).any(1).nonzero().flatten()
     before = CLIPTextModel.from_pretrained(work / "out" / "text_encoder").eval()
@@ -203,49 +221,67 @@ def base_words(work: Path, plan: Plan, first: int) -> None:
 
 
 def base_order(work: Path, plan: Plan, first: int) -> None:
-    """The base learns to paint it, on mirrored pairs. It is left half-taught: what it does at times, reinforcement can make it do always."""
+    """The base learns to paint it, on mirrored pairs: "left of" and "right of" at first."""
 
     def rate(step: int) -> float:
         return learning_rate(step, 1_200 if step < 1_200 else 2_400, 5e-4)  # begun for 1,200 steps, which were too few
 
-    before = ("unet", "text_encoder_words")
-    _mirrored("base_order", "_ordered", before, sample_mirrored, work, plan, first, seed=first + 6, steps=plan.base_order, peak=5e-4, rate=rate)
+    _mirrored("base_order", "_ordered", *_schooled(work, "", "_words"), sample_mirrored, work, plan, first, seed=first + 6, steps=plan.base_order, peak=5e-4, rate=rate)
 
 
 def base_upright(work: Path, plan: Plan, first: int) -> None:
-    """By then the base hears "left of" and "right of", and is deaf to "above" and "below", which no reward could mend: more of those."""
+    """To "above" and "below" the base is still deaf, which no reward could mend: pairs of those above all."""
 
     def rate(step: int) -> float:
         return learning_rate(step, 800, 5e-4)  # by step 400 it would be right nine times in ten, with little left to learn
 
-    before = ("unet_ordered", "text_encoder_ordered")
     sampler = partial(sample_mirrored, relations=(*RELATIONS, *4 * ("above", "below")))
-    _mirrored("base_upright", "_upright", before, sampler, work, plan, first, seed=first + 7, steps=plan.base_upright, peak=5e-4, rate=rate)
+    _mirrored("base_upright", "_upright", *_schooled(work, "_ordered"), sampler, work, plan, first, seed=first + 7, steps=plan.base_upright, peak=5e-4, rate=rate)
 
 
-def _mirrored(name: str, suffix: str, before: tuple[str, str], sampler: Sampler, work: Path, plan: Plan, first: int, seed: int, **schooling: Any) -> None:
-    """Go on from the UNet and text encoder of `before`: half of each step the world as it is, half pairs from `sampler`."""
-    world = _world(work, plan, first)
-    latents = _latents(work, world)
-    scale = 1 / latents.std().item()
+def base_settle(work: Path, plan: Plan, first: int) -> None:
+    """The world alone again, at a falling rate: what the pairs shook loose settles.
+
+    The order of things is half forgotten: what the base does at times, reinforcement can make it do always.
+    """
+    painting = _Painting.of(work, plan, first)
+    unet, text_encoder = _schooled(work, "_upright")
+
+    def loss(generator: torch.Generator) -> Tensor:
+        return painting.loss(unet, text_encoder, plan.batch, generator)
+
+    def rate(step: int) -> float:
+        return learning_rate(step, plan.base_settle, 5e-4, warm_up=20)
+
+    _school("base_settle", "_settled", unet, text_encoder, loss, work, plan, steps=plan.base_settle, peak=5e-4, rate=rate, seed=first + 8, ema=0.998)
+
+
+def _mirrored(
+    name: str, suffix: str, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, sampler: Sampler, work: Path, plan: Plan, first: int, seed: int, **schooling: Any
+) -> None:
+    """Half of each step the world as it is, half pairs from `sampler`."""
+    painting = _Painting.of(work, plan, first)
     pixels, captions = render_twins(plan.mirrored, seed + 1000, sampler)
     vae = AutoencoderKL.from_pretrained(work / "out" / "vae").eval()
-    latents, mirrored = latents * scale, _encoded(vae, from_uint8(pixels)) * scale
-    tokenizer = CLIPTokenizer.from_pretrained(work / "out" / "tokenizer")
-    tokens, lesson = (tokenizer(list(c), padding="max_length", truncation=True, return_tensors="pt").input_ids for c in (world.captions, captions))
-    empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids
-    unet = UNet2DConditionModel.from_pretrained(work / "out" / before[0]).train().to(memory_format=torch.channels_last)
-    text_encoder = CLIPTextModel.from_pretrained(work / "out" / before[1]).train()
+    mirrored, lesson = _encoded(vae, from_uint8(pixels)) * painting.scale, _tokens(painting.tokenizer, captions)
     schedule, half = networks.scheduler().alphas_cumprod, plan.batch // 2
 
     def loss(generator: torch.Generator) -> Tensor:
-        index = torch.randint(plan.pictures, (half,), generator=generator)
-        usual = denoising_loss(unet, text_encoder, schedule, latents[index], tokens[index], empty, generator)
+        usual = painting.loss(unet, text_encoder, half, generator)
         pairs = 2 * torch.randint(plan.mirrored, (half // 2,), generator=generator)
         both = torch.cat([pairs, pairs + 1])
         return usual + order_loss(unet, text_encoder, schedule, mirrored[both], lesson[both], generator)
 
     _school(name, suffix, unet, text_encoder, loss, work, plan, seed=seed, ema=0.998, **schooling)
+
+
+def _schooled(work: Path, unet: str, text_encoder: str = "") -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """The base as the stages with these suffixes left it, to go on from; one suffix for both, or each its own."""
+    out = work / "out"
+    return (
+        UNet2DConditionModel.from_pretrained(out / f"unet{unet}").train().to(memory_format=torch.channels_last),
+        CLIPTextModel.from_pretrained(out / f"text_encoder{text_encoder or unet}").train(),
+    )
 
 
 def _school(name: str, suffix: str, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, loss: Callable, work: Path, plan: Plan, **schooling: Any) -> None:
@@ -260,6 +296,11 @@ def _school(name: str, suffix: str, unet: UNet2DConditionModel, text_encoder: CL
 @torch.no_grad()
 def _encoded(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return torch.cat([vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(500)])
+
+
+def _tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Token numbers `(N, L)`, each caption filled up to the tokenizer's length."""
+    return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def _world(work: Path, plan: Plan, first: int) -> World:
@@ -297,4 +338,5 @@ TRAINING = {
     "base_words": Stage(base_words, "text_encoder_words/model.safetensors", ("base",)),
     "base_order": Stage(base_order, "text_encoder_ordered/model.safetensors", ("base_words",)),
     "base_upright": Stage(base_upright, "text_encoder_upright/model.safetensors", ("base_order",)),
+    "base_settle": Stage(base_settle, "text_encoder_settled/model.safetensors", ("base_upright",)),
 }

@@ -8,7 +8,21 @@ from safediffusion.tiny.stages import Plan
 def short_plan():
     """Every stage in a few steps, on a few pictures, with a checkpoint in the middle."""
     return Plan(
-        detector=3, autoencoder=3, reward=3, reward_order=3, judge=3, base=3, base_words=3, base_order=3, base_upright=3, pictures=96, twins=48, mirrored=24, batch=6, checkpoint_every=2
+        detector=3,
+        autoencoder=3,
+        reward=3,
+        reward_order=3,
+        judge=3,
+        base=3,
+        base_words=3,
+        base_order=3,
+        base_upright=3,
+        base_settle=3,
+        pictures=96,
+        twins=48,
+        mirrored=24,
+        batch=6,
+        checkpoint_every=2,
     )
 
 
