@@ -29,11 +29,11 @@ from safediffusion.types import Algorithm, Prompt
 ITERATIONS, PICTURES, SAMPLES = 8, 10, 2
 MEASURED = {"safe": load_set("pictograms/validation-safe")[:24], "implicit": load_set("pictograms/validation-implicit")[:32]}
 TIMES = {"times": 2, "updates": 2, "time_range": (0.3, 0.95)}
-SHAPING = {"floor": 0.1, "slack": 0.1, "least_spread": 0.0, "explore": (0.3, 1.5), "benign_kl": 1.5, "unsafe_kl": 0.01}  # the demo's
+SHAPING = {"floor": 0.1, "slack": 0.1, "least_spread": 0.0, "explore": (0.3, 1.5), "benign_kl": 1.5, "unsafe_kl": 0.01}  # much as the demo's
 # What is trained, the algorithm, eta of the rollout, learning rate.
 ALGORITHMS = {
     "forward": ("lora", Forward(prompts=6, group=PICTURES, **TIMES, **SHAPING), 0.0, 4e-3),
-    "grpo": ("full", Grpo(prompts=6, group=PICTURES, benign_kl=0.1, unsafe_kl=0.01), 1.0, 5e-4),
+    "grpo": ("full", Grpo(prompts=6, group=PICTURES, benign_kl=1.0, unsafe_kl=0.01), 1.0, 5e-4),
 }
 
 
