@@ -15,8 +15,7 @@ from pydantic import Field, ValidationError
 from safediffusion.config import dump, override, read_toml, resolve, settings
 from safediffusion.errors import UserError
 
-# No deadline: the machine may be busy, and a slow example is not a wrong one.
-quick = hypothesis_settings(max_examples=50, deadline=None)
+quick = hypothesis_settings(max_examples=50)
 
 
 @settings

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from safediffusion.errors import UserError
 from safediffusion.files import append_jsonl, explained, read_jsonl, read_text, write_bytes, write_json, write_text
 
-# No deadline: the machine may be busy, and a slow example is not a wrong one.
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=50)
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="/dev/full is Linux's")

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from safediffusion.seeds import derive, generator, noise_for
 
-# No deadline: the machine may be busy, and a slow example is not a wrong one.
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=50)
 
 parts = st.lists(st.integers() | st.text(), max_size=4)
 ITEMS = [("a red circle", 0), ("a red circle", 1), ("a skull", 0), ("", -5)]

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from safediffusion.algorithms.update import Advantages, Learner, advantages, class_weights, reward_metrics, unlikeness
+from safediffusion.algorithms.update import Learner, advantages, class_weights, reward_metrics, unlikeness
 from safediffusion.config import settings
 from safediffusion.rollout import Rollout, chunks, roll_out
 from safediffusion.types import Prompt
@@ -52,23 +51,20 @@ class Forward:
         learner.forwards += (len(rolled) + int(guided.sum())) * len(learner.process.times)
         gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread, self.slack)
         metrics = reward_metrics(rolled.prompts, rolled.scores, gain)
-        gain = self._diversified(gain, rolled)
         alive = gain.members(self.group)
         if len(alive) == 0:
             return metrics | {"grad_norm": 0.0, "kl": 0.0, "loss": 0.0}
         rolled, worth = rolled[alive], gain.value[alive.to(gain.value.device)]
+        unsafe = torch.tensor([prompt.unsafe for prompt in rolled.prompts], device=worth.device)
+        if self.diversity:
+            odd = unlikeness(rolled.walk.clean, rolled.scores.total, self.group, self.slack)
+            worth = (worth + class_weights(unsafe, self.diversity, 0.0) * odd).clamp(-self.clip, self.clip)
+        pull = class_weights(unsafe, self.benign_kl, self.unsafe_kl)
         totals, norms = torch.zeros(2), []
         for turns in torch.randperm(self.times, generator=generator).chunk(self.updates):
-            norms.append(learner.descend(self._losses(learner, rolled, worth, turns.tolist(), generator, totals)))
+            norms.append(learner.descend(self._losses(learner, rolled, worth, pull, turns.tolist(), generator, totals)))
         loss, kl = (totals / len(norms)).tolist()
         return metrics | {"grad_norm": sum(norms) / len(norms), "loss": loss, "kl": kl}
-
-    def _diversified(self, gain: Advantages, rolled: Rollout) -> Advantages:
-        if not self.diversity:
-            return gain
-        bonus = self.diversity * unlikeness(rolled.walk.clean, rolled.scores.total, self.group, self.slack)
-        unsafe = torch.tensor([prompt.unsafe for prompt in rolled.prompts], device=bonus.device)
-        return replace(gain, value=gain.value + bonus.where(~unsafe, 0.0))
 
     def _guidance(self, prompts: Sequence[Prompt], guidance: float) -> float | Tensor:
         if self.explore is None:
@@ -76,12 +72,10 @@ class Forward:
         spread = torch.linspace(*self.explore, self.group)
         return torch.cat([spread if prompt.unsafe else torch.full_like(spread, guidance) for prompt in prompts])
 
-    def _losses(self, learner: Learner, rolled: Rollout, gain: Tensor, turns: list[int], generator: torch.Generator, totals: Tensor) -> Iterator[Tensor]:
+    def _losses(self, learner: Learner, rolled: Rollout, gain: Tensor, pull: Tensor, turns: list[int], generator: torch.Generator, totals: Tensor) -> Iterator[Tensor]:
         policy, process = learner.policy, learner.process
         clean, device = rolled.walk.clean, rolled.walk.clean.device
         groups = len(rolled) // self.group
-        unsafe = torch.tensor([prompt.unsafe for prompt in rolled.prompts], device=device)
-        pull = class_weights(unsafe, self.benign_kl, self.unsafe_kl)
         for turn in turns:
             # All members of a group share time and noise, so their common error cancels in the centred sum.
             time = self._times(groups, turn, generator).repeat_interleave(self.group).to(device)

@@ -33,6 +33,7 @@ class _Painting:
     latents: Tensor  # (N, 4, 8, 8)
     tokens: Tensor  # (N, L)
     empty: Tensor  # (1, L), for guidance
+    schedule: Tensor  # alphas_cumprod
     scale: float
     tokenizer: CLIPTokenizer
 
@@ -42,11 +43,12 @@ class _Painting:
         latents = latents_of(work, world)
         scale = 1 / latents.std().item()
         tokenizer = CLIPTokenizer.from_pretrained(work / "out" / "tokenizer")
-        return cls(latents * scale, tokens_of(tokenizer, world.captions), tokens_of(tokenizer, [""]), scale, tokenizer)
+        tokens, empty = tokens_of(tokenizer, world.captions), tokens_of(tokenizer, [""])
+        return cls(latents * scale, tokens, empty, networks.scheduler().alphas_cumprod, scale, tokenizer)
 
     def loss(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, count: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(self.latents), (count,), generator=generator)
-        return denoising_loss(unet, text_encoder, networks.scheduler().alphas_cumprod, self.latents[index], self.tokens[index], self.empty, generator)
+        return denoising_loss(unet, text_encoder, self.schedule, self.latents[index], self.tokens[index], self.empty, generator)
 
 
 def base(work: Path, plan: Plan, first: int) -> None:
@@ -131,13 +133,13 @@ def _mirrored(
     pixels, captions = render_twins(plan.mirrored, seed + 1000, sampler)
     vae = AutoencoderKL.from_pretrained(work / "out" / "vae").eval()
     mirrored, lesson = encoded(vae, from_uint8(pixels)) * painting.scale, tokens_of(painting.tokenizer, captions)
-    schedule, half = networks.scheduler().alphas_cumprod, plan.batch // 2
+    half = plan.batch // 2
 
     def loss(generator: torch.Generator) -> Tensor:
         usual = painting.loss(unet, text_encoder, half, generator)
         pairs = 2 * torch.randint(plan.mirrored, (half // 2,), generator=generator)
         both = torch.cat([pairs, pairs + 1])
-        return usual + order_loss(unet, text_encoder, schedule, mirrored[both], lesson[both], generator)
+        return usual + order_loss(unet, text_encoder, painting.schedule, mirrored[both], lesson[both], generator)
 
     _school(name, suffix, unet, text_encoder, loss, work, plan, seed=seed, ema=0.998, **schooling)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safediffusion.algorithms.forward import Forward
-from safediffusion.algorithms.update import Learner, advantages
+from safediffusion.algorithms.update import Learner, advantages, unlikeness
 from safediffusion.rollout import Rollout, roll_out
 from safediffusion.types import Prompt
 
@@ -83,6 +83,17 @@ def test_the_gradient_is_that_of_advantage_weighted_matching(make_learner: Make,
     got = gradient(learner)
     gain = advantages(rollout.scores.total, 4, 1e-3, 2.5, 1e-4).value
     matched(learner, rollout.condition, gain, torch.zeros(8), seen)
+    assert close(got, gradient(learner))
+    assert got.norm() > 0
+
+
+def test_an_odd_one_among_right_pictures_of_a_benign_prompt_gains(make_learner: Make, gradient: Callable) -> None:
+    prompts = (Prompt("nothing"), Prompt("nothing", unsafe=True))  # all score alike: the bonus is the whole advantage
+    learner = make_learner(eta=0.0)
+    _, rollout, seen = stepped(learner, prompts, diversity=0.5, slack=0.1, least_spread=0.0)
+    got = gradient(learner)
+    bonus = 0.5 * unlikeness(rollout.walk.clean, rollout.scores.total, 4, 0.1) * torch.tensor([1.0, 0.0]).repeat_interleave(4)
+    matched(learner, rollout.condition, bonus, torch.zeros(8), seen)
     assert close(got, gradient(learner))
     assert got.norm() > 0
 

@@ -8,8 +8,7 @@ from safediffusion.data.prompts import MAX_BYTES, prompts_sha256, read_prompts
 from safediffusion.errors import UserError
 from safediffusion.types import Prompt
 
-# No deadline: the machine may be busy, and a slow example is not a wrong one.
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=50)
 
 
 @pytest.fixture

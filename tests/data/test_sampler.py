@@ -10,8 +10,7 @@ from safediffusion.data.sampler import PromptSampler, repeated
 from safediffusion.errors import UserError
 from safediffusion.types import Prompt
 
-# No deadline: the machine may be busy, and a slow example is not a wrong one.
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=50)
 
 
 def prompts(count, unsafe):

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from safediffusion.data.screen import mentions_minor, names_unsafe, screen
 from safediffusion.types import Prompt
 
-# No deadline: the machine may be busy, and a slow example is not a wrong one.
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=50)
 
 MINORS = [
     "a child", "children's party", "three kids", "a baby", "twin babies", "a teen", "teenagers", "a toddler", "schoolgirl",

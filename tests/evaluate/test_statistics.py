@@ -67,7 +67,7 @@ def test_one_prompt_has_no_interval():
 
 
 @given(SCORES, st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_interval_stays_in_range_and_depends_on_the_seed_alone(values, seed):
     estimate = mean_over_prompts(values, seed)
     assert estimate.n == (~np.isnan(values)).sum()
@@ -77,7 +77,7 @@ def test_interval_stays_in_range_and_depends_on_the_seed_alone(values, seed):
 
 
 @given(SCORES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_no_change_between_a_model_and_itself(values):
     change = paired_change(values, values, seed=0)
     assert change.n == 0 or (change.value == 0 and not significantly_below(change) and not significantly_above(change))

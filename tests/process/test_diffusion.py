@@ -25,8 +25,7 @@ SHAPE = (2, 4, 8, 8)
 process_of = Diffusion.from_scheduler
 prediction_types = st.sampled_from(TYPES)
 seeds = st.integers(0, 2**31)
-# No deadline: the machine may be busy, and a slow example is not a wrong one.
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 
 
 def draw(seed, count):

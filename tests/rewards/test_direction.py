@@ -25,7 +25,7 @@ from safediffusion.types import Prompt
 
 D = 12
 METHODS = ["translation", "projection", "gated"]
-quick = settings(max_examples=30, deadline=None)
+quick = settings(max_examples=30)
 seeds = st.integers(0, 2**31)
 alphas = st.floats(0, 3)
 
