@@ -47,7 +47,7 @@ class Rollout:
             prompts=tuple(self.prompts[i] for i in index.tolist()),
             condition=self.condition[at],
             walk=Walk(tuple(state[at] for state in self.walk.states), tuple(each[at] for each in self.walk.log_probs)),
-            scores=Scores(self.scores.total[at], {name: part[at] for name, part in self.scores.parts.items()}),
+            scores=self.scores[at],
             group=self.group,
         )
 
@@ -108,17 +108,20 @@ def roll_out(
     repeated = tuple(prompt for prompt in prompts for _ in range(group))
     # Drawn on the CPU, and for all pictures before they are divided: neither the device nor `batch` changes a picture.
     start, *noises = (torch.randn((len(repeated), *policy.sample_shape), generator=generator) for _ in (0, *process.stochastic_steps))
-    walks, totals, parts = [], [], []
+    walks, scored = [], []
     for part in chunks(len(repeated), batch):
         strength = guidance[part] if isinstance(guidance, Tensor) else guidance
         walked = walk(policy, process, condition[part], start[part].to(condition.device), strength, [noise[part] for noise in noises], remember)
-        scores = reward(policy.decode(walked.clean), repeated[part])
         walks.append(walked)
-        totals.append(scores.total)
-        parts.append(scores.parts)
+        scored.append(reward(policy.decode(walked.clean), repeated[part]))
     joined = Walk(
         tuple(torch.cat(each) for each in zip(*(w.states for w in walks), strict=True)),
         tuple(torch.cat(each) for each in zip(*(w.log_probs for w in walks), strict=True)),
     )
-    scores = Scores(torch.cat(totals), {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
-    return Rollout(repeated, condition, joined, scores, group)
+    return Rollout(repeated, condition, joined, _all(scored), group)
+
+
+def _all(scored: Sequence[Scores]) -> Scores:
+    parts = {name: torch.cat([scores.parts[name] for scores in scored]) for name in scored[0].parts}
+    embeddings = [scores.embedding for scores in scored if scores.embedding is not None]
+    return Scores(torch.cat([scores.total for scores in scored]), parts, torch.cat(embeddings) if embeddings else None)

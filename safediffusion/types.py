@@ -46,10 +46,19 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward says of B images: `total` is `(B,)`, `parts` are the named addends or measures, each `(B,)`."""
+    """What a reward says of B images: `total` is `(B,)`, `parts` are the named addends or measures, each `(B,)`.
+
+    `embedding` (B, D) holds the unit vectors that the reward saw the images as, where it sees them as vectors.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
+    embedding: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> Scores:
+        """Those of the images at `index` (long, on the same device)."""
+        parts = {name: part[index] for name, part in self.parts.items()}
+        return Scores(self.total[index], parts, None if self.embedding is None else self.embedding[index])
 
 
 @dataclass(frozen=True)

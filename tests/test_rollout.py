@@ -26,7 +26,7 @@ class Redness:
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         red = images[:, 0].mean((1, 2))
-        return Scores(red + torch.tensor([float(len(prompt.text)) for prompt in prompts]), {"red": red})
+        return Scores(red + torch.tensor([float(len(prompt.text)) for prompt in prompts]), {"red": red}, images.mean((2, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,7 @@ def test_a_picture_does_not_depend_on_its_batch(policy: LatentPolicy, process: D
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(whole.scores.total, parts.scores.total, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(whole.scores.parts, parts.scores.parts, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole.scores.embedding, parts.scores.embedding, atol=1e-5, rtol=1e-5)
 
 
 def test_log_probabilities_are_those_of_the_kernel_to_the_last_bit(policy: LatentPolicy, process: Diffusion) -> None:
@@ -118,6 +119,7 @@ def test_scores_follow_their_pictures(policy: LatentPolicy, process: Diffusion) 
     with torch.no_grad():
         again = Redness()(policy.decode(moved.walk.clean), moved.prompts)
     torch.testing.assert_close(again.total, moved.scores.total)
+    torch.testing.assert_close(again.embedding, moved.scores.embedding)
     torch.testing.assert_close(again.parts["red"], moved.scores.parts["red"])
     assert torch.equal(moved.condition, policy.encode([prompt.text for prompt in moved.prompts]))
     assert len(moved) == 9

@@ -57,7 +57,7 @@ class Forward:
         rolled, worth = rolled[alive], gain.value[alive.to(gain.value.device)]
         unsafe = torch.tensor([prompt.unsafe for prompt in rolled.prompts], device=worth.device)
         if self.diversity:
-            odd = unlikeness(rolled.walk.clean, rolled.scores.total, self.group, self.slack)
+            odd = unlikeness(rolled.scores, self.group, self.slack)
             worth = (worth + class_weights(unsafe, self.diversity, 0.0) * odd).clamp(-self.clip, self.clip)
         pull = class_weights(unsafe, self.benign_kl, self.unsafe_kl)
         totals, norms = torch.zeros(2), []

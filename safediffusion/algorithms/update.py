@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from safediffusion.errors import UserError
 from safediffusion.types import Policy, Process, Prompt, Reward, Scores
 
 
@@ -76,20 +77,22 @@ def advantages(total: Tensor, group: int, floor: float, clip: float, least_sprea
     return Advantages(value.flatten(), alive)
 
 
-def unlikeness(clean: Tensor, total: Tensor, group: int, slack: float) -> Tensor:
+def unlikeness(scores: Scores, group: int, slack: float) -> Tensor:
     """How unlike the other good pictures of its group each good picture is, `(B,)`: standardised over them, 0 for the rest.
 
-    Good are those within `slack` of the best score of their group; the measure is the mean squared distance of the clean
-    latents `(B, C, H, W)`.
+    Good are those within `slack` of the best score of their group; the measure is the mean cosine distance of the reward's
+    embeddings. Raises UserError for a reward that gives none.
     """
-    latents, scores = clean.float().reshape(-1, group, clean[0].numel()), total.float().view(-1, group)
-    good = scores >= scores.amax(1, keepdim=True) - slack
+    if scores.embedding is None:
+        raise UserError("algorithm.diversity needs the embeddings of a reward's encoder, and this reward gives none (Scores.embedding); set it to 0")
+    seen, total = scores.embedding.float().view(-1, group, scores.embedding.shape[1]), scores.total.float().view(-1, group)
+    good = total >= total.amax(1, keepdim=True) - slack
     count = good.sum(1, keepdim=True)
     others = good[:, None, :] & ~torch.eye(group, dtype=torch.bool, device=good.device)
-    distance = (torch.cdist(latents, latents).square() * others).sum(2) / (count - 1).clamp(min=1)
+    distance = ((1 - seen @ seen.mT) * others).sum(2) / (count - 1).clamp(min=1)
     centred = (distance - (distance * good).sum(1, keepdim=True) / count) * good
     spread = (centred.square().sum(1, keepdim=True) / count).sqrt()
-    return (centred / spread.clamp(min=1e-6)).flatten()
+    return (centred / spread.clamp(min=1e-4)).flatten()
 
 
 def reward_metrics(prompts: Sequence[Prompt], scores: Scores, gain: Advantages) -> dict[str, float]:

@@ -30,5 +30,6 @@ class SimilarityReward:
     differentiable: bool = True
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        cosine = (self.encoder.image(images) * self.encoder.text([prompt.text for prompt in prompts])).sum(1)
-        return checked(Scores(cosine, {"alignment": cosine}), len(images), "similarity")
+        image = self.encoder.image(images)
+        cosine = (image * self.encoder.text([prompt.text for prompt in prompts])).sum(1)
+        return checked(Scores(cosine, {"alignment": cosine}, image), len(images), "similarity")

@@ -65,7 +65,7 @@ class SteeringReward:
         text, image = self.encoder.text([prompt.text for prompt in prompts]), self.encoder.image(images)
         target = steered_target(text, self.direction, self.alpha, self.method, self._strength(text, prompts))
         parts = {"alignment": (image * text).sum(1), "safety": image @ self.direction.vector.to(image)}
-        return checked(Scores((image * target).sum(1), parts), len(images), "steering")
+        return checked(Scores((image * target).sum(1), parts, image), len(images), "steering")
 
     def _strength(self, text: Tensor, prompts: Sequence[Prompt]) -> Tensor | None:
         """How far each target moves, `(B,)`, beside what the method itself decides; None is all the way."""

@@ -46,14 +46,18 @@ def judge(now: dict[str, Estimate], change: dict[str, Estimate]) -> Verdict:
 
 
 def better(candidate: dict, best: dict | None) -> bool:
-    """The stated rule of the best checkpoint: the lowest unsafe rate among the sound ones; ties go to composition."""
+    """The stated rule of the best checkpoint: the lowest unsafe rate, to the whole per cent, among the sound ones; ties go to composition.
+
+    A finer difference is a picture or two of a probe, that is, chance.
+    """
     if not candidate["sound"]:
         return False
     if best is None:
         return True
     if np.isnan(candidate["unsafe_rate"]) or np.isnan(best["unsafe_rate"]):
         return candidate.get("alignment", 0.0) > best.get("alignment", 0.0)
-    return (-candidate["unsafe_rate"], candidate.get("composition", 0.0)) > (-best["unsafe_rate"], best.get("composition", 0.0))
+    rank = [(-round(line["unsafe_rate"], 2), line.get("composition", 0.0)) for line in (candidate, best)]
+    return rank[0] > rank[1]
 
 
 def record(now: dict[str, Estimate], change: dict[str, Estimate], verdict: Verdict) -> dict:

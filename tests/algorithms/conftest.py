@@ -25,7 +25,7 @@ class Colours:
         red, _, blue = images.mean((2, 3)).T
         total = torch.where(torch.tensor([prompt.unsafe for prompt in prompts]), blue - red, red - blue)
         total = total * torch.tensor([prompt.text != "nothing" for prompt in prompts])
-        return Scores(total, {"red": red, "blue": blue})
+        return Scores(total, {"red": red, "blue": blue}, torch.nn.functional.normalize(images.flatten(1)))
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def test_an_odd_one_among_right_pictures_of_a_benign_prompt_gains(make_learner: 
     learner = make_learner(eta=0.0)
     _, rollout, seen = stepped(learner, prompts, diversity=0.5, slack=0.1, least_spread=0.0)
     got = gradient(learner)
-    bonus = 0.5 * unlikeness(rollout.walk.clean, rollout.scores.total, 4, 0.1) * torch.tensor([1.0, 0.0]).repeat_interleave(4)
+    bonus = 0.5 * unlikeness(rollout.scores, 4, 0.1) * torch.tensor([1.0, 0.0]).repeat_interleave(4)
     matched(learner, rollout.condition, bonus, torch.zeros(8), seen)
     assert close(got, gradient(learner))
     assert got.norm() > 0

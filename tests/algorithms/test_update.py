@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safediffusion.algorithms.update import Learner, advantages, class_weights, reward_metrics, unlikeness
+from safediffusion.errors import UserError
 from safediffusion.types import Prompt, Scores
 
 NO_CLIP = 1e9
@@ -76,14 +77,18 @@ def test_scores_near_the_best_count_as_equal() -> None:
 
 
 def test_the_odd_one_of_the_good_pictures_stands_out() -> None:
-    near = torch.tensor([0.0, 0.1, 0.1, 1.0, 9.0])  # the last is the most unlike, and not good
-    clean = torch.cat([near, torch.zeros(5)])[:, None, None, None].expand(10, 2, 3, 3)
-    total = torch.tensor([0.7, 0.75, 0.72, 0.7, 0.3, 0.5, 0.5, 0.1, 0.1, 0.1])
-    worth = unlikeness(clean, total, 5, 0.1).view(2, 5)
+    angle = torch.tensor([0.0, 0.1, 0.1, 1.0, 3.0] + [0.0, 0.5, 0.7, 0.8, 0.9])  # the last of the first group is the most unlike, and not good
+    total = torch.tensor([0.7, 0.75, 0.72, 0.7, 0.3] + [0.5, 0.5, 0.1, 0.1, 0.1])
+    worth = unlikeness(Scores(total, {}, torch.stack([angle.cos(), angle.sin()], 1)), 5, 0.1).view(2, 5)
     assert worth[0].argmax() == 3 and worth[0, 4] == 0
     torch.testing.assert_close(worth[0].sum(), torch.tensor(0.0), atol=1e-6, rtol=0)
     torch.testing.assert_close(worth[0, :4].square().mean(), torch.tensor(1.0))
-    assert worth[1].tolist() == [0] * 5  # two good ones are equally unlike each other
+    torch.testing.assert_close(worth[1], torch.zeros(5), atol=1e-2, rtol=0)  # two good ones are equally unlike each other
+
+
+def test_unlikeness_asks_for_embeddings() -> None:
+    with pytest.raises(UserError, match="algorithm.diversity needs the embeddings"):
+        unlikeness(Scores(torch.zeros(4), {}), 4, 0.1)
 
 
 def test_weights_go_by_the_class_of_the_prompt() -> None:
