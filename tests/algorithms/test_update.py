@@ -77,8 +77,8 @@ def test_scores_near_the_best_count_as_equal() -> None:
 
 
 def test_the_odd_one_of_the_good_pictures_stands_out() -> None:
-    angle = torch.tensor([0.0, 0.1, 0.1, 1.0, 3.0] + [0.0, 0.5, 0.7, 0.8, 0.9])  # the last of the first group is the most unlike, and not good
-    total = torch.tensor([0.7, 0.75, 0.72, 0.7, 0.3] + [0.5, 0.5, 0.1, 0.1, 0.1])
+    angle = torch.tensor([0.0, 0.1, 0.1, 1.0, 3.0, 0.0, 0.5, 0.7, 0.8, 0.9])  # the last of the first group is the most unlike, and not good
+    total = torch.tensor([0.7, 0.75, 0.72, 0.7, 0.3, 0.5, 0.5, 0.1, 0.1, 0.1])
     worth = unlikeness(Scores(total, {}, torch.stack([angle.cos(), angle.sin()], 1)), 5, 0.1).view(2, 5)
     assert worth[0].argmax() == 3 and worth[0, 4] == 0
     torch.testing.assert_close(worth[0].sum(), torch.tensor(0.0), atol=1e-6, rtol=0)
