@@ -71,12 +71,12 @@ class LatentPolicy:
     _base: Any = None
     _at_base: bool = False
 
-    def predict(self, x: Tensor, time: Tensor, condition: Tensor, guidance: float | Tensor = 1.0) -> Tensor:
+    def predict(self, x: Tensor, time: Tensor, condition: Tensor, guidance: float | Tensor = 1.0, stop: bool = False) -> Tensor:
         """The network's raw output at the latents `x` `(B, C, h, w)`, in the scheduler's prediction type; float32.
 
         `time` is long, `(B,)` or a scalar. A guidance g other than 1 is classifier-free guidance, `u + g (c - u)`, in
         one forward of 2B; 1 runs the conditional branch alone. A tensor `(B,)`, on the CPU, gives every image its own;
-        images with 1 have no unconditional branch then either.
+        images with 1 have no unconditional branch then either. With `stop` no gradient flows through u.
         """
         time = time.to(x.device).expand(len(x))
         strength = torch.as_tensor(guidance, dtype=torch.float32).expand(len(x))
@@ -84,9 +84,14 @@ class LatentPolicy:
         if len(guided) == 0:
             return self._forward(x, time, condition)
         strength, guided = strength[guided].view(-1, 1, 1, 1).to(x.device), guided.to(x.device)
-        inputs = (torch.cat([whole[guided], whole]) for whole in (x, time))
-        both = torch.cat([self.encode.unconditional.expand_as(condition[guided]), condition])
-        unconditional, conditional = self._forward(*inputs, both).split([len(guided), len(x)])
+        empty = self.encode.unconditional.expand_as(condition[guided])
+        if stop:
+            with torch.no_grad():
+                unconditional = self._forward(x[guided], time[guided], empty)
+            conditional = self._forward(x, time, condition)
+        else:
+            inputs = (torch.cat([whole[guided], whole]) for whole in (x, time))
+            unconditional, conditional = self._forward(*inputs, torch.cat([empty, condition])).split([len(guided), len(x)])
         return conditional.index_copy(0, guided, unconditional + strength * (conditional[guided] - unconditional))
 
     def _forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:

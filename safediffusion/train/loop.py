@@ -89,7 +89,7 @@ def train(run: Run, folder: Path, console: Console, trackers: Callable[[dict, in
 
 def _iterate(run: Run, progress: checkpoint.Progress, clock: _Clock) -> tuple[checkpoint.Progress, dict]:
     learner, began = run.learner, time.monotonic()
-    prompts = run.prompts(progress.step)
+    prompts, learner.iteration = run.prompts(progress.step), progress.step
     for group in learner.optimizer.param_groups:
         group["lr"] = run.rate(progress.step)
     try:
