@@ -29,6 +29,7 @@ class Learner:
     max_grad_norm: float = 1.0
     averaged: Callable[[], AbstractContextManager[None]] = nullcontext  # inside, the parameters are their moving average
     iteration: int = 0  # counted from 0
+    updates: int = 0  # optimizer steps so far
     forwards: float = field(default=0.0)  # denoiser forwards of one image so far; a backward counts as two
 
     def descend(self, losses: Iterable[Tensor]) -> float:
@@ -46,6 +47,7 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(f"the gradient norm is {norm}")
         self.optimizer.step()
+        self.updates += 1
         return norm
 
 
