@@ -25,7 +25,7 @@ from safediffusion.evaluate import pictograms
 from safediffusion.evaluate.statistics import Estimate
 from safediffusion.hub import EMBEDDED, resolve_model, verify
 from safediffusion.policies.latent import LatentPolicy, load_policy
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process.diffusion import Diffusion, ProcessSettings
 from safediffusion.recipe import Recipe, check
 from safediffusion.rewards.calibrate import accuracy_rows, calibrate_alpha, measure_direction
 from safediffusion.rewards.callable import CallableReward, CallableSettings, load_callable
@@ -135,12 +135,12 @@ def reward(recipe: Recipe, device: str | torch.device, safe: Sequence[Prompt], u
     return SteeringReward(judge, fitted, alpha, options.method, options.steer), measures
 
 
-def process(policy: LatentPolicy, steps: int, eta: float) -> Diffusion:
+def process(policy: LatentPolicy, options: ProcessSettings) -> Diffusion:
     """The denoising grid on the model's own noise schedule."""
     try:
-        return Diffusion.from_scheduler(policy.scheduler_config, steps, eta)
+        return Diffusion.from_scheduler(policy.scheduler_config, options.steps, options.eta, options.solver, options.guidance_range)
     except ValueError as error:
-        raise UserError(f"{steps} denoising steps with the scheduler of {policy.folder}: {error}") from None
+        raise UserError(f"{options.steps} denoising steps with the scheduler of {policy.folder}: {error}") from None
 
 
 def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
@@ -157,9 +157,10 @@ def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
     scored, measures = reward(recipe, device, safe, unsafe)
     optimizer = build_optimizer(policy.parameters(), recipe.optimizer)
     policy.network, optimizer = accelerator.prepare(policy.network, optimizer)
+    average = Average(policy.parameters(), recipe.optimizer.ema)
     learner = Learner(
         policy=policy,
-        process=process(policy, recipe.process.steps, recipe.process.eta),
+        process=process(policy, recipe.process),
         reward=scored,
         optimizer=optimizer,
         accelerator=accelerator,
@@ -167,12 +168,13 @@ def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
         guidance=recipe.process.guidance,
         batch=recipe.optimizer.batch,
         max_grad_norm=recipe.optimizer.max_grad_norm,
+        averaged=average.applied,
     )
     return Run(
         learner=learner,
         algorithm=recipe.algorithm,
         prompts=sampler.at,
-        average=Average(policy.parameters(), recipe.optimizer.ema),
+        average=average,
         measure=_probe(recipe, policy),
         probe=recipe.probe,
         rate=lambda step: rate(recipe.optimizer, step, recipe.steps),

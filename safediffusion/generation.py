@@ -115,13 +115,14 @@ def _write(policy: LatentPolicy, items: Sequence[Item], setting: Setting, out: P
 
     from safediffusion import build
     from safediffusion.images import save_png
+    from safediffusion.process.diffusion import ProcessSettings
     from safediffusion.rollout import walk
     from safediffusion.seeds import noise_for
 
     with torch.no_grad():
         condition = policy.encode([item.prompt for item in items])
         start = noise_for([(item.prompt, item.seed) for item in items], policy.sample_shape).to(condition.device)
-        process = build.process(policy, setting.steps, eta=0.0)
+        process = build.process(policy, ProcessSettings(steps=setting.steps))
         clean = walk(policy, process, condition, start, setting.guidance).clean
         images = policy.decode(clean).cpu()
     for item, image in zip(items, images, strict=True):

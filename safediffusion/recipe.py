@@ -55,7 +55,12 @@ def check(recipe: Recipe) -> Recipe:
     if isinstance(algorithm, Grpo):
         if recipe.process.eta == 0:
             raise UserError("algorithm.kind = 'grpo' needs log-probabilities, and process.eta = 0 has none; set process.eta = 1, or use algorithm.kind = 'forward'")
-        if algorithm.drop_last >= recipe.process.steps - 1:
+        window, noisy = algorithm.window, recipe.process.steps - 1
+        if window is not None and window.start + window.length > noisy:
+            raise UserError(f"algorithm.window ends at step {window.start + window.length}, and only the first {noisy} of {noisy + 1} steps can add noise; shorten it")
+        if algorithm.share_prefix and window is None:
+            raise UserError("algorithm.share_prefix shares the steps before a window; give algorithm.window.start and length")
+        if window is None and algorithm.drop_last >= recipe.process.steps - 1:
             raise UserError(f"algorithm.drop_last = {algorithm.drop_last} leaves none of the {recipe.process.steps - 1} stochastic steps to train; lower it")
         if algorithm.updates > algorithm.prompts:
             raise UserError(f"algorithm.updates = {algorithm.updates} is more than the {algorithm.prompts} groups there are to share out")
@@ -65,6 +70,10 @@ def check(recipe: Recipe) -> Recipe:
             raise UserError(f"algorithm.time_range = [{low:g}, {high:g}] is empty; give the lower share of the schedule first")
         if algorithm.updates > algorithm.times:
             raise UserError(f"algorithm.updates = {algorithm.updates} is more than the {algorithm.times} times there are to share out")
+        if algorithm.proximal and algorithm.old == "now":
+            raise UserError('algorithm.proximal holds to an old policy, and algorithm.old = "now" is none; set algorithm.old = "rollout" or "average"')
+        if algorithm.old == "average" and not recipe.optimizer.ema:
+            raise UserError('algorithm.old = "average" needs a moving average; set optimizer.ema, such as 0.9')
     for key, name in (("safe", recipe.data.safe), ("unsafe", recipe.data.unsafe)):
         if name.startswith("pictograms/test-"):
             raise UserError(f"data.{key} = {name!r} is what models are measured on; train on pictograms/train-{key}")

@@ -36,6 +36,7 @@ class Rollout:
     walk: Walk
     scores: Scores
     group: int
+    forwards: float = 0.0  # denoiser forwards of one image that it took
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -49,6 +50,7 @@ class Rollout:
             walk=Walk(tuple(state[at] for state in self.walk.states), tuple(each[at] for each in self.walk.log_probs)),
             scores=self.scores[at],
             group=self.group,
+            forwards=self.forwards,
         )
 
 
@@ -67,21 +69,32 @@ def walk(
     guidance: float | Tensor,
     noises: Sequence[Tensor] = (),
     remember: bool = False,
+    split: tuple[int, int] = (0, 1),
 ) -> Walk:
     """Denoise `start` (B, C, H, W) standard normal. `guidance` 1 is the conditional branch alone; a tensor (B,) is each image's own.
 
     `noises` are standard normal, one (B, C, H, W) for each stochastic step; a deterministic process has none.
+    `split` = (n, K): `start` and `guidance` are of B / K images, `condition` and `noises` of B; after n steps each of the former
+    becomes K alike ones.
 
     Latents stay float32 from step to step: rounding them after the log-probability was taken would start the ratio
     outside the clip range (docs/method.md section 4).
     """
-    x = start.float()
+    shared, copies = split
+    x, before = start.float(), None
     states, log_probs = [x], []
     noise = dict(zip(process.stochastic_steps, noises, strict=True))
     for step, time in enumerate(process.times.tolist()):
-        output = policy.predict(x, torch.full((len(x),), time, device=x.device), condition, guidance)
-        kernel = process.kernel(output, x, step)
-        x = kernel.sample(noise[step].to(x.device)) if step in noise else kernel.mean
+        if step == shared and copies > 1:
+            x, before, guidance = (each.repeat_interleave(copies, 0) if isinstance(each, Tensor) else each for each in (x, before, guidance))
+            states, log_probs = ([each.repeat_interleave(copies, 0) for each in past] for past in (states, log_probs))
+        told = condition[::copies] if step < shared else condition
+        output = policy.predict(x, torch.full((len(x),), time, device=x.device), told, guidance if process.guides(step) else 1.0)
+        if step in noise:
+            kernel = process.kernel(output, x, step)
+            x, before = kernel.sample(noise[step].to(x.device)), None
+        else:
+            x, before = process.advance(output, x, step, before)
         if remember:
             states.append(x)
             log_probs.append(kernel.log_prob(x) if step in noise else torch.full((len(x),), torch.nan, device=x.device))
@@ -99,26 +112,35 @@ def roll_out(
     generator: torch.Generator,
     remember: bool = False,
     batch: int = 0,
+    share_prefix: bool = False,
 ) -> Rollout:
     """Paint `group` pictures of each prompt, each from its own initial noise, and score them on exact pixels.
 
-    `batch` bounds the images per forward (0: all at once).
+    `batch` bounds the images per forward (0: all at once). With `share_prefix` the pictures of a prompt start from one noise and
+    go their own ways from the first stochastic step on: what comes before it is walked once.
     """
+    noisy = process.stochastic_steps
+    shared = noisy[0] if share_prefix and noisy else 0
+    copies = group if share_prefix and noisy else 1
     condition = policy.encode([prompt.text for prompt in prompts]).repeat_interleave(group, 0)
     repeated = tuple(prompt for prompt in prompts for _ in range(group))
+    strength = torch.as_tensor(guidance, dtype=torch.float32).expand(len(repeated))
     # Drawn on the CPU, and for all pictures before they are divided: neither the device nor `batch` changes a picture.
-    start, *noises = (torch.randn((len(repeated), *policy.sample_shape), generator=generator) for _ in (0, *process.stochastic_steps))
+    counts = (len(repeated) // copies, *(len(repeated) for _ in noisy))
+    start, *noises = (torch.randn((count, *policy.sample_shape), generator=generator) for count in counts)
     walks, scored = [], []
-    for part in chunks(len(repeated), batch):
-        strength = guidance[part] if isinstance(guidance, Tensor) else guidance
-        walked = walk(policy, process, condition[part], start[part].to(condition.device), strength, [noise[part] for noise in noises], remember)
+    for part in chunks(len(repeated), batch if copies == 1 else batch and max(batch // group, 1) * group):
+        mine, few = strength[part], slice(part.start // copies, part.stop // copies)
+        walked = walk(policy, process, condition[part], start[few].to(condition.device), mine[::copies], [noise[part] for noise in noises], remember, (shared, copies))
         walks.append(walked)
         scored.append(reward(policy.decode(walked.clean), repeated[part]))
     joined = Walk(
         tuple(torch.cat(each) for each in zip(*(w.states for w in walks), strict=True)),
         tuple(torch.cat(each) for each in zip(*(w.log_probs for w in walks), strict=True)),
     )
-    return Rollout(repeated, condition, joined, _all(scored), group)
+    branches = float((1 + (strength != 1).float()).mean())
+    forwards = sum((branches if process.guides(step) else 1.0) * len(repeated) / (copies if step < shared else 1) for step in range(len(process.times)))
+    return Rollout(repeated, condition, joined, _all(scored), group, forwards)
 
 
 def _all(scored: Sequence[Scores]) -> Scores:

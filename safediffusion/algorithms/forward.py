@@ -6,20 +6,32 @@ DiffusionNFT (arXiv 2509.16117) and AWM (arXiv 2509.25050) for any prediction ty
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from safediffusion.algorithms.update import Learner, advantages, class_weights, reward_metrics, unlikeness
+from safediffusion.algorithms.update import Learner, advantages, class_weights, holding, reward_metrics, unlikeness
 from safediffusion.config import settings
 from safediffusion.rollout import Rollout, chunks, roll_out
 from safediffusion.types import Prompt
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Guidance = Annotated[float, Field(ge=0, lt=math.inf)]
+Old = Callable[[], AbstractContextManager[None]]
+
+
+def matching(said: Tensor, before: Tensor, wanted: Tensor, gain: Tensor, proximal: float) -> Tensor:
+    """`A 2 <e, d> + kappa |d|^2` with `d = said - before` and `e = before - wanted`, all `(B, D)` in epsilon; means over D, `(B,)`.
+
+    At d = 0 its gradient is that of `A |said - wanted|^2`, advantage-weighted matching (AWM, arXiv 2509.25050). DiffusionNFT's loss
+    (arXiv 2509.16117, equation 5), with reward r and beta, is this with `A = beta (2 r - 1)` and `kappa = beta^2`, plus a constant.
+    """
+    moved = said - before
+    return gain * 2 * ((before - wanted) * moved).mean(1) + proximal * moved.square().mean(1)
 
 
 @settings
@@ -43,12 +55,17 @@ class Forward:
     benign_kl: float = Field(default=0.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
     unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
     anchor_guidance: float = 1.0  # guidance of the base the policy is pulled to; above 1 distils guidance into the branch
+    # The policy that the step starts from: "now", as it stands at each update, which needs no forward; "rollout", as it painted; "average", the
+    # moving average of optimizer.ema, which then paints as well (DiffusionNFT). One forward more per picture and time than "now".
+    old: Literal["now", "rollout", "average"] = "now"
+    proximal: float = Field(default=0.0, ge=0)  # pull to the old policy, in squared epsilon error; beta^2 of DiffusionNFT
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
         guidance = self._guidance(prompts, learner.guidance)
-        rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, guidance, generator, batch=learner.batch)
-        guided = torch.as_tensor(guidance).expand(len(rolled)) != 1
-        learner.forwards += (len(rolled) + int(guided.sum())) * len(learner.process.times)
+        old = self._old(learner)
+        with old():
+            rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, guidance, generator, batch=learner.batch)
+        learner.forwards += rolled.forwards
         gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread, self.slack)
         metrics = reward_metrics(rolled.prompts, rolled.scores, gain)
         alive = gain.members(self.group)
@@ -62,7 +79,7 @@ class Forward:
         pull = class_weights(unsafe, self.benign_kl, self.unsafe_kl)
         totals, norms = torch.zeros(2), []
         for turns in torch.randperm(self.times, generator=generator).chunk(self.updates):
-            norms.append(learner.descend(self._losses(learner, rolled, worth, pull, turns.tolist(), generator, totals)))
+            norms.append(learner.descend(self._losses(learner, old, rolled, worth, pull, turns.tolist(), generator, totals)))
         loss, kl = (totals / len(norms)).tolist()
         return metrics | {"grad_norm": sum(norms) / len(norms), "loss": loss, "kl": kl}
 
@@ -72,7 +89,16 @@ class Forward:
         spread = torch.linspace(*self.explore, self.group)
         return torch.cat([spread if prompt.unsafe else torch.full_like(spread, guidance) for prompt in prompts])
 
-    def _losses(self, learner: Learner, rolled: Rollout, gain: Tensor, pull: Tensor, turns: list[int], generator: torch.Generator, totals: Tensor) -> Iterator[Tensor]:
+    def _old(self, learner: Learner) -> Old:
+        """A context in which the policy is the old one."""
+        if self.old == "rollout":
+            painted = [parameter.detach().clone() for parameter in learner.parameters]
+            return lambda: holding(learner.parameters, painted)
+        return learner.averaged if self.old == "average" else nullcontext
+
+    def _losses(
+        self, learner: Learner, old: Old, rolled: Rollout, gain: Tensor, pull: Tensor, turns: list[int], generator: torch.Generator, totals: Tensor
+    ) -> Iterator[Tensor]:
         policy, process = learner.policy, learner.process
         clean, device = rolled.walk.clean, rolled.walk.clean.device
         groups = len(rolled) // self.group
@@ -82,16 +108,19 @@ class Forward:
             noise = torch.randn((groups, *clean.shape[1:]), generator=generator).repeat_interleave(self.group, 0).to(device)
             x, target = process.noised(clean, noise, time)
             for part in chunks(len(rolled), learner.batch):
-                output = policy.predict(x[part], time[part], rolled.condition[part])
+                at = (x[part], time[part], rolled.condition[part])
                 with torch.no_grad(), policy.reference():
-                    anchor = policy.predict(x[part], time[part], rolled.condition[part], self.anchor_guidance)
-                said, wanted, base = (process.to_epsilon(o, x[part], time[part]).flatten(1) for o in (output, target[part], anchor))
-                # With pred_old = pred.detach(), A * 2 <e, d> has the gradient of A * |pred - target|^2. Later updates of a rollout
-                # match it from where the earlier ones led: what is matched are clean pictures, which no update makes stale at once.
-                match = 2 * (gain[part] * ((said.detach() - wanted) * (said - said.detach())).mean(1)).sum()
+                    base = process.to_epsilon(policy.predict(*at, self.anchor_guidance), *at[:2]).flatten(1)
+                if self.old != "now":  # before the graph is built: afterwards its weights may not be exchanged
+                    with torch.no_grad(), old():
+                        before = process.to_epsilon(policy.predict(*at), *at[:2]).flatten(1)
+                said, wanted = (process.to_epsilon(output, *at[:2]).flatten(1) for output in (policy.predict(*at), target[part]))
+                # Later updates of a rollout match it from where the earlier ones led when old is "now": what is matched are clean
+                # pictures, which no update makes stale at once.
+                match = matching(said, said.detach() if self.old == "now" else before, wanted, gain[part], self.proximal).sum()
                 kl = (said - base).square().mean(1)
                 share = 1 / (len(rolled) * len(turns))
-                learner.forwards += len(output) * (3 + (1 if self.anchor_guidance == 1 else 2))
+                learner.forwards += len(said) * (3 + (1 if self.anchor_guidance == 1 else 2) + (self.old != "now"))
                 totals += torch.stack([match.detach().cpu(), kl.detach().sum().cpu()]) * share
                 yield (match + (pull[part] * kl).sum()) * share
 

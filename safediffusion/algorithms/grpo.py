@@ -6,6 +6,7 @@ docs/method.md section 4. The defaults are ours; `recipes/paper-sd15.toml` sets 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,7 +16,31 @@ from torch import Tensor
 from safediffusion.algorithms.update import Learner, advantages, class_weights, reward_metrics
 from safediffusion.config import settings
 from safediffusion.rollout import Rollout, chunks, roll_out
-from safediffusion.types import Prompt
+from safediffusion.types import Process, Prompt
+
+
+@settings
+class Window:
+    """The only steps that add noise and are trained, the others being walked by `process.solver` (MixGRPO, arXiv 2507.21802).
+
+    Early steps decide the layout, where rewards differ; a short window there trains for a fraction of the forwards.
+    """
+
+    start: int = Field(default=0, ge=0)  # its first step
+    length: int = Field(default=2, ge=1)
+    schedule: Literal["fixed", "sliding", "random"] = "fixed"  # "sliding" goes on by a step every `hold` iterations, "random" draws its start anew
+    hold: int = Field(default=10, ge=1)
+
+    def at(self, iteration: int, steps: int, generator: torch.Generator) -> tuple[int, ...]:
+        """The steps of this iteration, out of the `steps` that may add noise; past the end a sliding window starts over."""
+        starts = steps - self.length + 1
+        if self.schedule == "fixed":
+            first = self.start
+        elif self.schedule == "sliding":
+            first = self.start + iteration // self.hold % (starts - self.start)
+        else:
+            first = int(torch.randint(self.start, starts, (), generator=generator))
+        return tuple(range(first, first + self.length))
 
 
 @settings
@@ -26,7 +51,12 @@ class Grpo:
     prompts: int = Field(default=16, ge=1)  # per iteration
     group: int = 8  # pictures per prompt
     updates: int = Field(default=1, ge=1)  # optimizer steps per rollout, each on whole groups
-    train_guidance: bool = False  # guidance in the trained forward too (paper) or the conditional branch alone
+    # The trained forward: "off" is the conditional branch alone, "both" guidance through both branches (paper), "stop" guidance
+    # without gradient through the unconditional one.
+    train_guidance: Literal["off", "both", "stop"] = "off"
+    window: Window | None = None  # left out, every step but the last adds noise and is trained
+    share_prefix: bool = False  # pictures of a prompt share the initial noise and the steps before the window
+    train_steps: int = Field(default=0, ge=0)  # of the noisy steps trained in each iteration, drawn anew; 0 is all
     drop_last: int = Field(default=1, ge=0)  # stochastic steps left out at the end, where log-probability is most sensitive (docs/method.md section 3)
     normalise_ratio: bool = True  # divide the log-ratio by the sensitivity of its step, so that all steps weigh alike
     clip_range: float = Field(default=1e-4, gt=0)  # of the ratio; per latent dimension, so that it does not depend on the picture's size
@@ -38,41 +68,53 @@ class Grpo:
     unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
-        rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, learner.guidance, generator, True, learner.batch)
-        learner.forwards += len(rolled) * len(learner.process.times) * (1 if learner.guidance == 1 else 2)
+        process = self.windowed(learner, generator)
+        rolled = roll_out(learner.policy, process, learner.reward, prompts, self.group, learner.guidance, generator, True, learner.batch, self.share_prefix)
+        learner.forwards += rolled.forwards
         gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread, self.slack)
         metrics = reward_metrics(rolled.prompts, rolled.scores, gain)
         alive = gain.members(self.group).view(-1, self.group)
         alive = alive[torch.randperm(len(alive), generator=generator)]
+        steps = self.trained_steps(process, generator)
         totals = torch.zeros(5, dtype=torch.float64)
         norms = []
         for groups in alive.chunk(self.updates) if len(alive) else ():
             index = groups.flatten()
-            norms.append(learner.descend(self._losses(learner, rolled[index], gain.value[index.to(gain.value.device)], totals)))
+            norms.append(learner.descend(self._losses(learner, process, steps, rolled[index], gain.value[index.to(gain.value.device)], totals)))
         count = max(float(totals[4]), 1.0)
         names = ("loss", "kl", "ratio/distance", "ratio/clipped")
         metrics |= {name: float(value) / count for name, value in zip(names, totals[:4], strict=True)}
         return metrics | {"grad_norm": sum(norms) / len(norms) if norms else 0.0}
 
-    def trained_steps(self, learner: Learner) -> tuple[int, ...]:
-        noisy = learner.process.stochastic_steps
-        return noisy[: len(noisy) - self.drop_last]
+    def windowed(self, learner: Learner, generator: torch.Generator) -> Process:
+        """The process of this iteration: noise in the window alone."""
+        process = learner.process
+        return process if self.window is None else replace(process, window=self.window.at(learner.iteration, len(process.times) - 1, generator))
 
-    def _losses(self, learner: Learner, rolled: Rollout, gain: Tensor, totals: Tensor) -> Iterator[Tensor]:
-        policy, process, steps = learner.policy, learner.process, self.trained_steps(learner)
-        device, guidance = gain.device, learner.guidance if self.train_guidance else 1.0
+    def trained_steps(self, process: Process, generator: torch.Generator) -> tuple[int, ...]:
+        noisy = process.stochastic_steps
+        noisy = noisy[: len(noisy) - self.drop_last] if self.window is None else noisy
+        if not 0 < self.train_steps < len(noisy):
+            return noisy
+        return tuple(noisy[i] for i in sorted(torch.randperm(len(noisy), generator=generator)[: self.train_steps].tolist()))
+
+    def _losses(self, learner: Learner, process: Process, steps: tuple[int, ...], rolled: Rollout, gain: Tensor, totals: Tensor) -> Iterator[Tensor]:
+        policy, device = learner.policy, gain.device
         pull = class_weights(torch.tensor([p.unsafe for p in rolled.prompts], device=device), self.benign_kl, self.unsafe_kl)
         share = 1 / (len(rolled) * len(steps))
         for step in steps:
             x, x_next, old = rolled.walk.states[step], rolled.walk.states[step + 1], rolled.walk.log_probs[step]
             dimensions = x[0].numel()
+            guidance = learner.guidance if self.train_guidance != "off" and process.guides(step) else 1.0
+            sampled = learner.guidance if process.guides(step) else 1.0
+            stop = self.train_guidance == "stop"
             scale = 1 / process.sensitivity(step) if self.normalise_ratio else 1.0
             for part in chunks(len(rolled), learner.batch):
                 time = torch.full((len(x[part]),), int(process.times[step]), device=device)
-                kernel = process.kernel(policy.predict(x[part], time, rolled.condition[part], guidance), x[part], step)
+                kernel = process.kernel(policy.predict(x[part], time, rolled.condition[part], guidance, stop), x[part], step)
                 log_prob = kernel.log_prob(x_next[part])
                 # Without guidance in training the sampler is another policy; its ratio starts at 1 by definition.
-                before = old[part] if guidance == learner.guidance else log_prob.detach()
+                before = old[part] if guidance == sampled else log_prob.detach()
                 ratio = ((log_prob - before) / dimensions * scale).exp()
                 loss = torch.maximum(-gain[part] * ratio, -gain[part] * ratio.clamp(1 - self.clip_range, 1 + self.clip_range))
                 kl = torch.zeros_like(loss)
@@ -80,7 +122,8 @@ class Grpo:
                     with torch.no_grad(), policy.reference():
                         base = process.kernel(policy.predict(x[part], time, rolled.condition[part], guidance), x[part], step)
                     kl = kernel.kl(base) / dimensions * scale**2
-                learner.forwards += len(loss) * (3 + (1 if self.benign_kl or self.unsafe_kl else 0)) * (1 if guidance == 1 else 2)
+                with_kl = 1 if self.benign_kl or self.unsafe_kl else 0
+                learner.forwards += len(loss) * (3 + with_kl + (0 if guidance == 1 else (1 if stop else 3) + with_kl))
                 distance = (ratio.detach() - 1).abs()
                 measured = torch.stack([loss.detach().sum(), kl.detach().sum(), distance.sum(), (distance > self.clip_range).float().sum()])
                 totals += torch.cat([measured, torch.tensor([len(loss)], device=device)]).double().cpu()

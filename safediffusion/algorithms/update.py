@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +27,9 @@ class Learner:
     guidance: float = 1.0
     batch: int = 0  # images per forward; 0 is all at once
     max_grad_norm: float = 1.0
+    averaged: Callable[[], AbstractContextManager[None]] = nullcontext  # inside, the parameters are their moving average
+    iteration: int = 0  # counted from 0
+    updates: int = 0  # optimizer steps so far
     forwards: float = field(default=0.0)  # denoiser forwards of one image so far; a backward counts as two
 
     def descend(self, losses: Iterable[Tensor]) -> float:
@@ -43,7 +47,25 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(f"the gradient norm is {norm}")
         self.optimizer.step()
+        self.updates += 1
         return norm
+
+
+@contextmanager
+def holding(parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the parameters are `values`. No graph that holds them may be open."""
+    kept = [parameter.detach().clone() for parameter in parameters]
+    _assign(parameters, values)
+    try:
+        yield
+    finally:
+        _assign(parameters, kept)
+
+
+@torch.no_grad()
+def _assign(parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 @dataclass(frozen=True)

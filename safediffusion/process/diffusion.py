@@ -1,8 +1,11 @@
-"""The variance-preserving process of SD1.x, SD2.x and SDXL: DDIM with eta, as a Gaussian kernel.
+"""The variance-preserving process of SD1.x, SD2.x and SDXL: DDIM with eta, as a Gaussian kernel; DPM-Solver++(2M) between.
 
 `x_t = a_t x_0 + s_t e` with `a = sqrt(abar)`, `s = sqrt(1 - abar)`. One step from t to an earlier u is equations 12 and
 16 of DDIM (arXiv 2010.02502); eta = 1 is the posterior of DDPM, eta = 0 is deterministic. Every prediction type is
 linear in the latent and the output, so two pairs of coefficients per type are all there is to convert.
+
+DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) is DDIM's deterministic step plus a multiple of how far x0^ moved since
+the step before: its first-order step is DDIM's.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import Field
@@ -22,6 +25,8 @@ from safediffusion.config import settings
 from safediffusion.types import Kernel
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+Solver = Literal["ddim", "dpm++2m"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Mix(NamedTuple):
@@ -51,6 +56,8 @@ class ProcessSettings:
     steps: int = Field(default=10, ge=2)  # denoising steps; the cost of a rollout
     eta: float = Field(default=0.0, ge=0, le=1)  # 0 is deterministic DDIM, 1 DDPM's noise; grpo needs more than 0
     guidance: float = Field(default=1.0, ge=0)  # classifier-free guidance; 1 runs the conditional branch alone, less explores more
+    guidance_range: tuple[Share, Share] = (0.0, 1.0)  # of the schedule, from less noise to more, where guidance acts (arXiv 2404.07724); outside, one branch
+    solver: Solver = "ddim"  # of the steps without noise; "dpm++2m" is of second order: as good in half the steps
 
 
 class Step(NamedTuple):
@@ -61,6 +68,7 @@ class Step(NamedTuple):
     signal: float
     direction: float
     std: float
+    momentum: float  # of the change of x0^ since the step before; 0 where the step is of first order
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +78,9 @@ class Diffusion:
     alphas_cumprod: `(M,)` float, `abar` at each training time, on the CPU whatever the model's device.
     times: `(N,)` long, decreasing; step i goes from times[i] to times[i + 1], the last one to `final_alpha_cumprod`.
     eta: noise of a step relative to DDPM's, in [0, 1]. 0 leaves no log-probabilities to train on.
+    window: the steps that add that noise; None is all.
+    solver: of the steps that add none.
+    guidance_range: shares of the schedule between which guidance acts.
     prediction_type: what the network outputs, in the words of diffusers.
     final_alpha_cumprod: `abar` of the finished latent; SD ships abar at time 0 (`set_alpha_to_one = False`).
 
@@ -82,6 +93,9 @@ class Diffusion:
     eta: float = 1.0
     prediction_type: PredictionType = "epsilon"
     final_alpha_cumprod: float = 1.0
+    window: tuple[int, ...] | None = None
+    solver: Solver = "ddim"
+    guidance_range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
@@ -102,7 +116,9 @@ class Diffusion:
             )
 
     @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any], steps: int, eta: float = 1.0) -> Diffusion:
+    def from_scheduler(
+        cls, config: Mapping[str, Any], steps: int, eta: float = 1.0, solver: Solver = "ddim", guidance_range: tuple[float, float] = (0.0, 1.0)
+    ) -> Diffusion:
         """The grid that diffusers' DDIMScheduler would walk in `steps` steps, from any VP scheduler's config.
 
         A config without `clip_sample` is read as one that does not clip, because latents are not confined to [-1, 1].
@@ -127,6 +143,8 @@ class Diffusion:
             eta=eta,
             prediction_type=scheduler.config.prediction_type,
             final_alpha_cumprod=float(scheduler.final_alpha_cumprod),
+            solver=solver,
+            guidance_range=guidance_range,
         )
 
     @cached_property
@@ -134,14 +152,42 @@ class Diffusion:
         """The constants of all N steps, computed once, in double precision: the loop never waits for a device."""
         here = self.alphas_cumprod.double()[self.times].tolist()
         there = [*here[1:], self.final_alpha_cumprod]
-        etas = [self.eta] * (len(here) - 1) + [0.0]
+        noisy = set(range(len(here) - 1)) & set(range(len(here)) if self.window is None else self.window)
         steps = []
-        for abar_t, abar_u, eta in zip(here, there, etas, strict=True):
+        for i, (abar_t, abar_u) in enumerate(zip(here, there, strict=True)):
+            eta = self.eta if i in noisy else 0.0
             variance = eta**2 * (1 - abar_u) / (1 - abar_t) * (1 - abar_t / abar_u)
             x0, epsilon = mixes(self.prediction_type, math.sqrt(abar_t), math.sqrt(1 - abar_t))
             direction = math.sqrt(max(0.0, 1 - abar_u - variance))  # rounding can pass below 0 at zero signal
-            steps.append(Step(x0, epsilon, math.sqrt(abar_u), direction, math.sqrt(variance)))
+            momentum = 0.0 if variance or i == 0 else self._momentum(here[i - 1], abar_t, abar_u, last=i == len(here) - 1)
+            steps.append(Step(x0, epsilon, math.sqrt(abar_u), direction, math.sqrt(variance), momentum))
         return tuple(steps)
+
+    def _momentum(self, abar_before: float, abar_t: float, abar_u: float, last: bool) -> float:
+        """The second-order term of DPM-Solver++(2M), `a_u (1 - exp(-h)) / (2 r)` with h and h / r the log-SNR steps ahead and behind.
+
+        Of first order, as in diffusers, are a last step that ends without noise and the last of fewer than 15.
+        """
+        if self.solver == "ddim" or abar_before == 0 or (last and (abar_u == 1 or len(self.times) < 15)):
+            return 0.0
+        before, here, there = (0.5 * math.log(abar / (1 - abar)) for abar in (abar_before, abar_t, abar_u))
+        ahead, behind = there - here, here - before
+        return math.sqrt(abar_u) * -math.expm1(-ahead) * ahead / (2 * behind)
+
+    def guides(self, step: int) -> bool:
+        """Whether guidance acts in this step."""
+        low, high = (share * len(self.alphas_cumprod) for share in self.guidance_range)
+        return low <= int(self.times[step]) <= high
+
+    def advance(self, output: Tensor, x: Tensor, step: int, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The next latent of a step without noise, and its x0^, both `(B, C, H, W)` float32.
+
+        `before` is the x0^ of the step before where that was without noise too; None makes the step one of first order.
+        """
+        x0, epsilon = self.split(output, x, step)
+        constants = self.steps[step]
+        x = constants.signal * x0 + constants.direction * epsilon
+        return (x if before is None or not constants.momentum else x + constants.momentum * (x0 - before)), x0
 
     @property
     def stochastic_steps(self) -> tuple[int, ...]:
@@ -168,7 +214,7 @@ class Diffusion:
         `c = direction - signal * s_t / a_t`; another output is taken in its own unit, finite at zero signal too.
         Raises ValueError for a deterministic step.
         """
-        x0, epsilon, signal, direction, std = self.steps[step]
+        x0, epsilon, signal, direction, std, _ = self.steps[step]
         if std == 0:
             raise ValueError(f"step {step} is deterministic; only steps {self.stochastic_steps} have a log-probability")
         return abs(signal * x0.output + direction * epsilon.output) / std

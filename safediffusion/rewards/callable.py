@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from safediffusion.config import settings
@@ -39,6 +40,8 @@ class CallableReward:
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         try:
             scores = self.function(images, prompts)
+        except torch.OutOfMemoryError:
+            raise  # the loop tries again with fewer pictures at once
         except Exception as error:
             raise UserError(f"the reward '{self.name}' failed: {type(error).__name__}: {error}") from error
         if isinstance(scores, Tensor):

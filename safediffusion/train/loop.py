@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,11 +90,11 @@ def train(run: Run, folder: Path, console: Console, trackers: Callable[[dict, in
 
 def _iterate(run: Run, progress: checkpoint.Progress, clock: _Clock) -> tuple[checkpoint.Progress, dict]:
     learner, began = run.learner, time.monotonic()
-    prompts = run.prompts(progress.step)
+    prompts, learner.iteration = run.prompts(progress.step), progress.step
     for group in learner.optimizer.param_groups:
         group["lr"] = run.rate(progress.step)
     try:
-        metrics = run.algorithm.step(learner, prompts, seeds.generator("train", run.seed, learner.accelerator.process_index, progress.step))
+        metrics = _step(run, prompts, progress.step)
     except FloatingPointError as error:
         raise UserError(f"iteration {progress.step + 1}: {error}; the last checkpoint is kept - lower optimizer.lr or raise the KL") from error
     run.average.update()
@@ -103,6 +104,26 @@ def _iterate(run: Run, progress: checkpoint.Progress, clock: _Clock) -> tuple[ch
     record = {"kind": "train", "iteration": progress.step, "seconds": wall, "cpu_seconds": cpu, "forwards": learner.forwards} | metrics
     record |= {"images_per_second": images / (time.monotonic() - began), "peak_memory_gib": _peak_memory()}
     return progress, record
+
+
+def _step(run: Run, prompts: tuple[Prompt, ...], step: int) -> dict[str, float]:
+    """One step of the algorithm; out of memory, it is repeated from the start with half as many pictures per forward, which changes no result."""
+    learner, images = run.learner, len(prompts) * run.algorithm.group
+    forwards, updates = learner.forwards, learner.updates
+    while True:
+        try:
+            return run.algorithm.step(learner, prompts, seeds.generator("train", run.seed, learner.accelerator.process_index, step))
+        except torch.OutOfMemoryError as error:
+            held = min(learner.batch or images, images)
+            if held == 1 or learner.updates > updates:
+                raise UserError(
+                    f"iteration {step + 1}: out of memory with {held} pictures per forward; set optimizer.batch lower, or policy.gradient_checkpointing = true"
+                ) from error
+            learner.batch, learner.forwards = held // 2, forwards
+        # Outside the handler: the exception holds the frames, and the frames the tensors, that are to be freed.
+        learner.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        warnings.warn(f"out of memory: going on with {learner.batch} pictures per forward; optimizer.batch = {learner.batch} starts there", stacklevel=2)
 
 
 def _probe(run: Run, folder: Path, progress: checkpoint.Progress, clock: _Clock, console: Console, trackers: Callable) -> checkpoint.Progress:

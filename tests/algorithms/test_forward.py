@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from safediffusion.algorithms.forward import Forward
-from safediffusion.algorithms.update import Learner, advantages, unlikeness
+from safediffusion.algorithms.forward import Forward, matching
+from safediffusion.algorithms.update import Learner, advantages, holding, unlikeness
 from safediffusion.rollout import Rollout, roll_out
 from safediffusion.types import Prompt
 
@@ -203,3 +205,66 @@ def test_updates_share_out_the_times(make_learner: Make) -> None:
     strata = sorted(int((float(time[0]) / 1000 - low) / (high - low) * 4) for _, _, time in seen)
     assert strata == [0, 1, 2, 3]
     assert len(steps) == 2
+
+
+# The loss and its relatives
+
+vectors = st.integers(0, 2**31).map(lambda seed: torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).unbind())
+
+
+@given(vectors, st.floats(-2.5, 2.5))
+def test_at_the_old_policy_the_gradient_is_that_of_weighted_matching(drawn: tuple[Tensor, ...], weight: float) -> None:
+    said, wanted, _ = drawn
+    said, gain = said.requires_grad_(), torch.full((5,), weight, dtype=torch.float64)
+    (got,) = torch.autograd.grad(matching(said, said.detach(), wanted, gain, proximal=0.7).sum(), said)
+    (expected,) = torch.autograd.grad((gain * (said - wanted).square().mean(1)).sum(), said)
+    torch.testing.assert_close(got, expected)
+
+
+@given(vectors, st.floats(0, 1), st.floats(0.05, 2))
+def test_it_is_the_loss_of_diffusion_nft_up_to_a_constant(drawn: tuple[Tensor, ...], reward: float, beta: float) -> None:
+    said, before, wanted = drawn
+    gain = torch.full((5,), beta * (2 * reward - 1), dtype=torch.float64)
+
+    def nft(said: Tensor) -> Tensor:
+        positive, negative = (1 - beta) * before + beta * said, (1 + beta) * before - beta * said
+        return reward * (positive - wanted).square().mean(1) + (1 - reward) * (negative - wanted).square().mean(1)
+
+    ours = [matching(each, before, wanted, gain, beta**2) for each in (said, before)]
+    torch.testing.assert_close(ours[0] - ours[1], nft(said) - nft(before))
+
+
+@given(vectors, st.floats(0.02, 0.98))
+def test_in_x0_it_is_the_same_with_the_weight_of_its_time(drawn: tuple[Tensor, ...], abar: float) -> None:
+    """x = a x0 + s e holds x fixed, so an error of x0 is -s / a times that of epsilon."""
+    said, before, wanted = drawn
+    gain, ratio = torch.linspace(-2, 2, 5, dtype=torch.float64), (1 - abar) / abar
+    x0 = [-(ratio**0.5) * each for each in (said, before, wanted)]
+    torch.testing.assert_close(matching(*x0, gain, 0.3) / ratio, matching(said, before, wanted, gain, 0.3))
+
+
+@pytest.mark.parametrize("old", ["rollout", "average"])
+def test_the_proximal_term_holds_to_the_old_policy(make_learner: Make, weights: Callable, old: str) -> None:
+    prompts, moved = (Prompt("nothing"), Prompt("nothing")), {}  # no advantage: the proximal term is all there is
+    for proximal in (0.0, 4.0):
+        learner = make_learner(eta=0.0, lr=0.05)
+        start = [p.detach().clone() for p in learner.parameters]
+        learner.averaged = lambda learner=learner, start=start: holding(learner.parameters, start)
+        stepped(learner, PROMPTS, old=old, proximal=proximal, updates=2, least_spread=0.0)
+        first = torch.cat([p.flatten() for p in start])
+        moved[proximal] = float((weights(learner) - first).norm())
+    assert 0 < moved[4.0] < moved[0.0]
+    still = make_learner(eta=0.0, lr=0.05)
+    still.averaged = lambda: holding(still.parameters, [p.detach().clone() for p in still.parameters])
+    before = weights(still)
+    stepped(still, prompts, old=old, proximal=1.0, least_spread=0.0)
+    assert torch.equal(weights(still), before)
+
+
+def test_an_old_policy_costs_one_forward_for_each_picture_and_time(make_learner: Make) -> None:
+    counts = {}
+    for old in ("now", "rollout"):
+        learner = make_learner(eta=0.0)
+        stepped(learner, old=old)
+        counts[old] = learner.forwards
+    assert counts["rollout"] - counts["now"] == 8 * 2

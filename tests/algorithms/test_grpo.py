@@ -53,14 +53,14 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-3) -> bool:
 @pytest.mark.parametrize("batch", [0, 4])
 def test_the_ratio_is_exactly_one_before_the_first_update(make_learner: Make, batch: int) -> None:
     learner = make_learner(guidance=3.0, batch=batch)
-    metrics = Grpo(**PLAIN, train_guidance=True).step(learner, PROMPTS, seeded())
+    metrics = Grpo(**PLAIN, train_guidance="both").step(learner, PROMPTS, seeded())
     assert metrics["ratio/distance"] == 0.0
     assert metrics["ratio/clipped"] == 0.0
 
 
 def test_the_ratio_leaves_one_after_the_first_update(make_learner: Make) -> None:
     still, moving = make_learner(guidance=3.0), make_learner(guidance=3.0, lr=1.0)
-    algorithm = Grpo(**PLAIN, train_guidance=True, updates=2)
+    algorithm = Grpo(**PLAIN, train_guidance="both", updates=2)
     # Two groups were painted together and are trained one by one, which rounds otherwise: far inside the clip range.
     assert algorithm.step(still, PROMPTS, seeded())["ratio/distance"] < 1e-6
     metrics = algorithm.step(moving, PROMPTS, seeded())
@@ -82,7 +82,7 @@ def test_the_gradient_is_that_of_the_weighted_log_probability(make_learner: Make
     rollout = painted(learner, 4)
     gain = advantages(rollout.scores.total, 4, 1e-3, 2.5, 1e-4).value
     steps = [0, 1, 2][: 3 - drop_last]
-    assert algorithm.trained_steps(learner) == tuple(steps)
+    assert algorithm.trained_steps(learner.process, seeded()) == tuple(steps)
     learner.optimizer.zero_grad()
     for step in steps:
         scale = 1 / learner.process.sensitivity(step) if normalise else 1.0
@@ -177,7 +177,7 @@ def test_the_setting_of_the_paper_runs(make_learner: Make, weights: Callable) ->
     learner.optimizer = torch.optim.AdamW(learner.parameters, lr=1e-5, weight_decay=1e-4)
     learner.max_grad_norm = 1.0
     before = weights(learner)
-    paper = Grpo(prompts=1, group=16, train_guidance=True, drop_last=0, normalise_ratio=False, clip_range=1e-4, floor=1e-8, benign_kl=0.0, unsafe_kl=0.0)
+    paper = Grpo(prompts=1, group=16, train_guidance="both", drop_last=0, normalise_ratio=False, clip_range=1e-4, floor=1e-8, benign_kl=0.0, unsafe_kl=0.0)
     metrics = paper.step(learner, PROMPTS[1:], seeded())
     assert metrics["ratio/distance"] == 0.0
     assert metrics["reward/total"] == pytest.approx(float(painted(make_learner(guidance=5.0), 16, PROMPTS[1:]).scores.total.mean()), abs=1e-5)
