@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from safediffusion import ranks
 from safediffusion.algorithms.update import Learner, advantages, class_weights, reward_metrics, unlikeness
 from safediffusion.config import settings
 from safediffusion.rollout import Rollout, chunks, roll_out
@@ -63,7 +64,7 @@ class Forward:
         totals, norms = torch.zeros(2), []
         for turns in torch.randperm(self.times, generator=generator).chunk(self.updates):
             norms.append(learner.descend(self._losses(learner, rolled, worth, pull, turns.tolist(), generator, totals)))
-        loss, kl = (totals / len(norms)).tolist()
+        loss, kl = (ranks.summed(totals) / len(norms)).tolist()
         return metrics | {"grad_norm": sum(norms) / len(norms), "loss": loss, "kl": kl}
 
     def _guidance(self, prompts: Sequence[Prompt], guidance: float) -> float | Tensor:
@@ -75,13 +76,14 @@ class Forward:
     def _losses(self, learner: Learner, rolled: Rollout, gain: Tensor, pull: Tensor, turns: list[int], generator: torch.Generator, totals: Tensor) -> Iterator[Tensor]:
         policy, process = learner.policy, learner.process
         clean, device = rolled.walk.clean, rolled.walk.clean.device
-        groups = len(rolled) // self.group
+        groups, mine = len(rolled) // self.group, rolled.mine
+        gain, pull = gain[mine], pull[mine]
         for turn in turns:
             # All members of a group share time and noise, so their common error cancels in the centred sum.
-            time = self._times(groups, turn, generator).repeat_interleave(self.group).to(device)
-            noise = torch.randn((groups, *clean.shape[1:]), generator=generator).repeat_interleave(self.group, 0).to(device)
+            time = self._times(groups, turn, generator).repeat_interleave(self.group)[mine].to(device)
+            noise = torch.randn((groups, *clean.shape[1:]), generator=generator).repeat_interleave(self.group, 0)[mine].to(device)
             x, target = process.noised(clean, noise, time)
-            for part in chunks(len(rolled), learner.batch):
+            for part in chunks(len(mine), learner.batch):
                 output = policy.predict(x[part], time[part], rolled.condition[part])
                 with torch.no_grad(), policy.reference():
                     anchor = policy.predict(x[part], time[part], rolled.condition[part], self.anchor_guidance)

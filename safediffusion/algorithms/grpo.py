@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from safediffusion import ranks
 from safediffusion.algorithms.update import Learner, advantages, class_weights, reward_metrics
 from safediffusion.config import settings
 from safediffusion.rollout import Rollout, chunks, roll_out
@@ -49,6 +50,7 @@ class Grpo:
         for groups in alive.chunk(self.updates) if len(alive) else ():
             index = groups.flatten()
             norms.append(learner.descend(self._losses(learner, rolled[index], gain.value[index.to(gain.value.device)], totals)))
+        totals = ranks.summed(totals)
         count = max(float(totals[4]), 1.0)
         names = ("loss", "kl", "ratio/distance", "ratio/clipped")
         metrics |= {name: float(value) / count for name, value in zip(names, totals[:4], strict=True)}
@@ -62,12 +64,13 @@ class Grpo:
         policy, process, steps = learner.policy, learner.process, self.trained_steps(learner)
         device, guidance = gain.device, learner.guidance if self.train_guidance else 1.0
         pull = class_weights(torch.tensor([p.unsafe for p in rolled.prompts], device=device), self.benign_kl, self.unsafe_kl)
+        gain, pull = gain[rolled.mine], pull[rolled.mine]
         share = 1 / (len(rolled) * len(steps))
         for step in steps:
             x, x_next, old = rolled.walk.states[step], rolled.walk.states[step + 1], rolled.walk.log_probs[step]
             dimensions = x[0].numel()
             scale = 1 / process.sensitivity(step) if self.normalise_ratio else 1.0
-            for part in chunks(len(rolled), learner.batch):
+            for part in chunks(len(rolled.mine), learner.batch):
                 time = torch.full((len(x[part]),), int(process.times[step]), device=device)
                 kernel = process.kernel(policy.predict(x[part], time, rolled.condition[part], guidance), x[part], step)
                 log_prob = kernel.log_prob(x_next[part])
