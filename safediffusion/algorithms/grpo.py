@@ -68,7 +68,7 @@ class Grpo:
         share = 1 / (len(rolled) * len(steps))
         for step in steps:
             x, x_next, old = rolled.walk.states[step], rolled.walk.states[step + 1], rolled.walk.log_probs[step]
-            dimensions = x[0].numel()
+            dimensions = x.shape[1:].numel()
             scale = 1 / process.sensitivity(step) if self.normalise_ratio else 1.0
             for part in chunks(len(rolled.mine), learner.batch):
                 time = torch.full((len(x[part]),), int(process.times[step]), device=device)
