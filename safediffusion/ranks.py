@@ -32,13 +32,17 @@ def accelerator(**options: Any) -> Accelerator:
     Raises UserError where several processes were launched and cannot work together.
     """
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
     # Accelerate starts no process group on a machine without an accelerator unless it is told: each process would believe to be alone.
     on_cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
     made = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **options)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _several():
         raise UserError(f"{os.environ['WORLD_SIZE']} processes were launched, and accelerate joins none on this device; run a single one, or launch with --cpu")
+    if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"{made.distributed_type.value} splits a model over processes, and here each process holds a whole one; launch with --multi_gpu (docs/processes.md)"
+        )
     return made
 
 
