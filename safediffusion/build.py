@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from safediffusion import ranks
 from safediffusion.algorithms.update import Learner
 from safediffusion.data.anchors import load_anchors
 from safediffusion.data.prompts import prompts_sha256
@@ -46,8 +47,11 @@ LEAST_AUC = 0.7
 
 def device(name: str | None) -> torch.device:
     """The device of that name; the best one of this machine where no name is given."""
+    best = ranks.accelerator().device  # before anything else: under a launcher it finds the other processes
     if name is None:
-        return Accelerator().device
+        return best
+    if ranks.count() > 1 and ":" in name:
+        raise UserError(f"--device {name} names one device, and {ranks.count()} processes share this work; leave --device out")
     try:
         chosen = torch.device(name)
         torch.empty(0, device=chosen)
@@ -156,7 +160,9 @@ def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
     sampler = PromptSampler(repeated(safe, repeat), repeated(unsafe, repeat), recipe.data.unsafe_share, recipe.algorithm.prompts, recipe.seed)
     scored, measures = reward(recipe, device, safe, unsafe)
     optimizer = build_optimizer(policy.parameters(), recipe.optimizer)
-    policy.network, optimizer = accelerator.prepare(policy.network, optimizer)
+    # Not wrapped by DDP: the learner sums gradients itself, and the rollout needs no hooks.
+    policy.network = accelerator.prepare_model(policy.network, evaluation_mode=True)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     average = Average(policy.parameters(), recipe.optimizer.ema)
     learner = Learner(
         policy=policy,
@@ -211,9 +217,10 @@ def _probe(recipe: Recipe, policy: LatentPolicy) -> Measure | None:
         if not base:
             with policy.reference():
                 first = painted()
-            base.append((first, pictograms.mark(first, grading)))
+            base.append((first, ranks.from_main(lambda: pictograms.mark(first, grading))))
         pictures, marks = base[0]
-        now = pictograms.mark(painted(), grading, pictures)
+        shown = painted()
+        now = ranks.from_main(lambda: pictograms.mark(shown, grading, pictures))
         return pictograms.estimates(now), pictograms.changes(marks, now)
 
     return measure

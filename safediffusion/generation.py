@@ -17,6 +17,7 @@ from safediffusion.types import Prompt
 if TYPE_CHECKING:
     import torch
     from rich.progress import Progress
+    from torch import Tensor
 
     from safediffusion.policies.latent import LatentPolicy
 
@@ -74,26 +75,32 @@ def generate(
     device: torch.device,
     progress: Progress,
 ) -> Generated:
-    """Screen the prompts, then write a PNG and a line of the manifest for each picture that is not there yet."""
+    """Screen the prompts, then write a PNG and a line of the manifest for each picture that is not there yet.
+
+    `batch` pictures at once on each process; several share the painting, and the main one writes.
+    """
+    from safediffusion import ranks
     from safediffusion.data.screen import screen
     from safediffusion.hub import describe_model
+    from safediffusion.rollout import chunks
 
     screened = screen(prompts)
     if not screened.kept:
         raise UserError(f"the prompt screen refused all {len(screened.refused)} prompts; nothing was painted")
-    check_writable(out)
+    ranks.from_main(lambda: check_writable(out))
     identity = json.dumps([describe_model(model), asdict(setting)], sort_keys=True)
     texts = dict.fromkeys(prompt.text for prompt in screened.kept)
     items = [_item(text, seed + k, identity) for text in texts for k in range(samples)]
-    there = {row.get("key") for row in (read_jsonl(out / MANIFEST) if (out / MANIFEST).is_file() else [])}
-    missing = [item for item in items if item.key not in there or not (out / item.file).is_file()]
+    there = ranks.from_main(lambda: {row.get("key") for row in (read_jsonl(out / MANIFEST) if (out / MANIFEST).is_file() else [])})
+    missing = ranks.from_main(lambda: [item for item in items if item.key not in there or not (out / item.file).is_file()])
     if missing:
         task = progress.add_task("painting", total=len(items), completed=len(items) - len(missing))
         policy = _policy(model, setting, device)
         policy.encode.warn_of_long([item.prompt for item in missing])
-        for start in range(0, len(missing), batch):
-            part = missing[start : start + batch]
-            _write(policy, part, setting, out, there)
+        for part in (missing[each] for each in chunks(len(missing), batch * ranks.count())):
+            images = ranks.joined(_paint(policy, [part[i] for i in ranks.share(len(part))], setting), len(part))
+            if ranks.is_main():
+                _write(part, images, setting, out, there)
             progress.advance(task, len(part))
     return Generated(len(missing), len(items) - len(missing), len(screened.refused))
 
@@ -110,11 +117,11 @@ def _policy(model: Path, setting: Setting, device: torch.device) -> LatentPolicy
     return load_policy(model, PolicySettings(train="full", dtype=cast("Precision", setting.dtype), image_size=setting.size), device)
 
 
-def _write(policy: LatentPolicy, items: Sequence[Item], setting: Setting, out: Path, there: set[Any]) -> None:
+def _paint(policy: LatentPolicy, items: Sequence[Item], setting: Setting) -> Tensor:
+    """Pictures `(B, 3, H, W)` on the CPU."""
     import torch
 
     from safediffusion import build
-    from safediffusion.images import save_png
     from safediffusion.process.diffusion import ProcessSettings
     from safediffusion.rollout import walk
     from safediffusion.seeds import noise_for
@@ -124,7 +131,12 @@ def _write(policy: LatentPolicy, items: Sequence[Item], setting: Setting, out: P
         start = noise_for([(item.prompt, item.seed) for item in items], policy.sample_shape).to(condition.device)
         process = build.process(policy, ProcessSettings(steps=setting.steps))
         clean = walk(policy, process, condition, start, setting.guidance).clean
-        images = policy.decode(clean).cpu()
+        return policy.decode(clean).cpu()
+
+
+def _write(items: Sequence[Item], images: Tensor, setting: Setting, out: Path, there: set[Any]) -> None:
+    from safediffusion.images import save_png
+
     for item, image in zip(items, images, strict=True):
         save_png(image, out / item.file)
         if item.key not in there:  # its line is there and only its file was removed

@@ -47,9 +47,9 @@ def measure(
     """Measure `model`, and the change from `against` on the same prompts and seeds; writes and returns results.json.
 
     The same measurement is not repeated: where `out` holds its results, they are read. `spent` is what the training of
-    the model took; for a run folder it is read from its log.
+    the model took; for a run folder it is read from its log. Several processes share the painting; each gets the results.
     """
-    from safediffusion import build
+    from safediffusion import build, ranks
     from safediffusion.evaluate import gallery, run
     from safediffusion.hub import describe_model
 
@@ -58,25 +58,30 @@ def measure(
     folders["trained" if folders or str(model) != build.PICTOGRAMS else "base"] = locate(str(model))
     described = {name: describe_model(folder) for name, folder in folders.items()}
     history = _history(folders.get("trained"))
-    _check_folder(out, history)
     at = build.device(device)
+    ranks.from_main(lambda: _check_folder(out, history))
     judges, sets = build.judges(at), run.load_sets(extent)
     protocol = run.protocol(sets, judges, extent)
-    found = _already(out, protocol, described)
+    found = ranks.from_main(lambda: _already(out, protocol, described))
     if found is not None:
         return found
-    check_writable(out)
-    with _bar(console, sets, extent, list(folders)) as advance:
+    ranks.from_main(lambda: check_writable(out))
+    with _bar(console if ranks.is_main() else None, sets, extent, list(folders)) as advance:
         findings = run.find(folders, sets, judges, extent, at, advance)
-    gallery.write_gallery(findings.pictures, judges, extent.seed, out / "gallery")
-    write_text(out / "scores.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run.scores(findings, judges, extent)))
-    names = {"base": against if against is not None else model, "trained": model}
-    models = {name: {"name": str(names[name]), **described[name]} for name in folders}
-    facts = {"command": shlex.join(command), "models": models, "recipe": _recipe(history), "device": str(at)}
-    facts |= _cost(Seconds.now() - began, spent or _training_time(history)) | {"git": commit(), "versions": versions()}
-    document = {"schema": run.SCHEMA, "protocol": protocol, "models": findings.models, "changes": findings.changes, "run": facts}
-    write_json(out / run_folder.RESULTS, document)
-    return parse_results(json.loads(read_text(out / run_folder.RESULTS)))
+    others = sum(span.cpu for span in ranks.gathered(Seconds.now() - began)[1:])
+
+    def written() -> Results:
+        gallery.write_gallery(findings.pictures, judges, extent.seed, out / "gallery")
+        write_text(out / "scores.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run.scores(findings, judges, extent)))
+        names = {"base": against if against is not None else model, "trained": model}
+        models = {name: {"name": str(names[name]), **described[name]} for name in folders}
+        facts = {"command": shlex.join(command), "models": models, "recipe": _recipe(history), "device": str(at)}
+        facts |= _cost(Seconds.now() - began + Seconds(0.0, others), spent or _training_time(history)) | {"git": commit(), "versions": versions()}
+        document = {"schema": run.SCHEMA, "protocol": protocol, "models": findings.models, "changes": findings.changes, "run": facts}
+        write_json(out / run_folder.RESULTS, document)
+        return parse_results(json.loads(read_text(out / run_folder.RESULTS)))
+
+    return ranks.from_main(written)
 
 
 def results_of(run: Path, exported: Path | None) -> Results | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safediffusion import ranks
 from safediffusion.types import Policy, Process, Prompt, Reward, Scores
 
 
@@ -29,27 +30,36 @@ class Walk:
 
 @dataclass(frozen=True)
 class Rollout:
-    """B = P x K painted pictures, the K pictures of a prompt next to each other."""
+    """B = P x K painted pictures, the K pictures of a prompt next to each other.
+
+    On several processes each has painted whole groups: `condition` and `walk` hold the M pictures of this one, prompts and
+    scores are those of all. On one process M = B, and `mine` counts from 0.
+    """
 
     prompts: tuple[Prompt, ...]
-    condition: Tensor  # (B, L, D)
+    condition: Tensor  # (M, L, D)
     walk: Walk
     scores: Scores
     group: int
-    forwards: float = 0.0  # denoiser forwards of one image that it took
+    mine: Tensor  # (M,) long, CPU: which of the B pictures this process has painted
+    forwards: float = 0.0  # denoiser forwards of one image that all of them took
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, index: Tensor) -> Rollout:
-        """The pictures at `index` (long, CPU). Callers keep groups whole."""
-        at = index.to(self.walk.clean.device)
+        """The pictures at `index` (long, CPU) of the B; the same `index` on every process. Callers keep groups whole."""
+        here = torch.full((len(self),), -1)
+        here[self.mine] = torch.arange(len(self.mine))
+        mine = (here[index] >= 0).nonzero().flatten()
+        at = here[index][mine].to(self.walk.clean.device)
         return Rollout(
             prompts=tuple(self.prompts[i] for i in index.tolist()),
             condition=self.condition[at],
             walk=Walk(tuple(state[at] for state in self.walk.states), tuple(each[at] for each in self.walk.log_probs)),
-            scores=self.scores[at],
+            scores=self.scores[index.to(self.scores.total.device)],
             group=self.group,
+            mine=mine,
             forwards=self.forwards,
         )
 
@@ -117,30 +127,43 @@ def roll_out(
     """Paint `group` pictures of each prompt, each from its own initial noise, and score them on exact pixels.
 
     `batch` bounds the images per forward (0: all at once). With `share_prefix` the pictures of a prompt start from one noise and
-    go their own ways from the first stochastic step on: what comes before it is walked once.
+    go their own ways from the first stochastic step on: what comes before it is walked once. On several processes each
+    paints its share of the groups, and the scores are joined; all must give the same arguments.
     """
     noisy = process.stochastic_steps
-    shared = noisy[0] if share_prefix and noisy else 0
-    copies = group if share_prefix and noisy else 1
-    condition = policy.encode([prompt.text for prompt in prompts]).repeat_interleave(group, 0)
-    repeated = tuple(prompt for prompt in prompts for _ in range(group))
-    strength = torch.as_tensor(guidance, dtype=torch.float32).expand(len(repeated))
-    # Drawn on the CPU, and for all pictures before they are divided: neither the device nor `batch` changes a picture.
-    counts = (len(repeated) // copies, *(len(repeated) for _ in noisy))
-    start, *noises = (torch.randn((count, *policy.sample_shape), generator=generator) for count in counts)
+    shared, copies = (noisy[0], group) if share_prefix and noisy else (0, 1)
+    groups = torch.tensor(ranks.share(len(prompts)), dtype=torch.long)
+    own = (groups[:, None] * group + torch.arange(group)).flatten()
+    condition = policy.encode([prompts[i].text for i in groups.tolist()]).repeat_interleave(group, 0)
+    repeated = tuple(prompts[i] for i in groups.tolist() for _ in range(group))
+    strength = torch.as_tensor(guidance, dtype=torch.float32).expand(len(prompts) * group)
+    # Drawn on the CPU, and for all pictures before they are divided: neither device, `batch` nor processes change a picture.
+    start = torch.randn((len(strength) // copies, *policy.sample_shape), generator=generator)[own[::copies] // copies]
+    noises = [torch.randn((len(strength), *policy.sample_shape), generator=generator)[own] for _ in noisy]
     walks, scored = [], []
     for part in chunks(len(repeated), batch if copies == 1 else batch and max(batch // group, 1) * group):
-        mine, few = strength[part], slice(part.start // copies, part.stop // copies)
-        walked = walk(policy, process, condition[part], start[few].to(condition.device), mine[::copies], [noise[part] for noise in noises], remember, (shared, copies))
+        few, guided = slice(part.start // copies, part.stop // copies), strength[own][part][::copies]
+        walked = walk(policy, process, condition[part], start[few].to(condition.device), guided, [noise[part] for noise in noises], remember, (shared, copies))
         walks.append(walked)
         scored.append(reward(policy.decode(walked.clean), repeated[part]))
+    held = ranks.held(len(prompts)) * group
     joined = Walk(
-        tuple(torch.cat(each) for each in zip(*(w.states for w in walks), strict=True)),
-        tuple(torch.cat(each) for each in zip(*(w.log_probs for w in walks), strict=True)),
+        tuple(torch.cat(each)[:held] for each in zip(*(w.states for w in walks), strict=True)),
+        tuple(torch.cat(each)[:held] for each in zip(*(w.log_probs for w in walks), strict=True)),
     )
-    branches = float((1 + (strength != 1).float()).mean())
-    forwards = sum((branches if process.guides(step) else 1.0) * len(repeated) / (copies if step < shared else 1) for step in range(len(process.times)))
-    return Rollout(repeated, condition, joined, _all(scored), group, forwards)
+    everything = tuple(prompt for prompt in prompts for _ in range(group))
+    forwards = sum(float((1 + (strength[:: copies if step < shared else 1] != 1) * process.guides(step)).sum()) for step in range(len(process.times)))
+    return Rollout(everything, condition[:held], joined, _joined(_all(scored), group, len(prompts)), group, own[:held], forwards)
+
+
+def _joined(scores: Scores, group: int, groups: int) -> Scores:
+    """The scores of all groups, from those of the share of each process."""
+
+    def whole(own: Tensor) -> Tensor:
+        return ranks.joined(own.unflatten(0, (-1, group)), groups).flatten(0, 1)
+
+    embedding = None if scores.embedding is None else whole(scores.embedding)
+    return Scores(whole(scores.total), {name: whole(part) for name, part in scores.parts.items()}, embedding)
 
 
 def _all(scored: Sequence[Scores]) -> Scores:

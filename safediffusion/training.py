@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,29 +44,29 @@ def load_recipe(path: Path | str, assignments: Sequence[str] = ()) -> Recipe:
 def post_train(recipe: Recipe | Path | str, out: Path | str, *, command: Sequence[str] = (), console: Console | None = None) -> Trained:
     """Train, or go on with the run in `out`, until its steps are done or it stops early; then write `out`/model.
 
-    The model is a diffusers folder of the best checkpoint by the probes, or of the last one without probes.
+    The model is a diffusers folder of the best checkpoint by the probes, or of the last one without probes. Under
+    `accelerate launch` or `torchrun` every process calls this, and the main one alone writes and speaks.
     """
-    from accelerate import Accelerator
-
-    from safediffusion import build
+    from safediffusion import build, ranks
     from safediffusion.train.loop import train
 
     began, out = Seconds.now(), Path(out)
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
-    console = console or _silent()
-    with run_folder.entered(out, dump(recipe), build.identity(recipe), command):
-        accelerator = Accelerator(log_with=build.trackers(recipe) or None, project_dir=out)
+    accelerator = ranks.accelerator(log_with=build.trackers(recipe) or None, project_dir=out)
+    console = console if console and ranks.is_main() else _silent()
+    with _entered(out, recipe, command):
         run, measures = build.run(recipe, accelerator)
-        if measures:
+        if measures and ranks.is_main():
             write_json(out / "direction.json", measures)
         if recipe.log.trackers:
             accelerator.init_trackers("safediffusion", config=_flat(dataclasses.asdict(recipe)))
-        at_desk = Seconds.now()
+        desk = Seconds.now() - began
         progress = train(run, out, console, lambda record, step: accelerator.log(_numbers(record), step=step))
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # no end_training(): it would part the processes
+            tracker.finish()
         # The loop counts its own time over all sittings; what it took to build things comes on top.
-        spent = Seconds(progress.seconds, progress.cpu_seconds) + (at_desk - began)
-        origin = export_run(out, run.learner.policy, out / run_folder.MODEL)
+        spent = Seconds(progress.seconds, progress.cpu_seconds) + Seconds(desk.wall, sum(ranks.gathered(desk.cpu)))
+        origin = ranks.from_main(lambda: export_run(out, run.learner.policy, out / run_folder.MODEL))
     return Trained(out / run_folder.MODEL, origin, progress.step, spent)
 
 
@@ -92,6 +93,16 @@ def export_run(folder: Path, policy: LatentPolicy, to: Path, which: Which | None
     with explained(to):
         (policy.save_lora if lora else policy.save_pipeline)(to)
     return str(chosen)
+
+
+@contextmanager
+def _entered(out: Path, recipe: Recipe, command: Sequence[str]) -> Iterator[None]:
+    """The main process enters the folder and keeps it; the others begin when it is in."""
+    from safediffusion import build, ranks
+
+    with ExitStack() as stack:
+        ranks.from_main(lambda: stack.enter_context(run_folder.entered(out, dump(recipe), build.identity(recipe), command)))
+        yield
 
 
 def _silent() -> Console:

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from safediffusion import ranks
 from safediffusion.algorithms.update import Learner, advantages, class_weights, holding, reward_metrics, unlikeness
 from safediffusion.config import settings
 from safediffusion.rollout import Rollout, chunks, roll_out
@@ -80,7 +81,7 @@ class Forward:
         totals, norms = torch.zeros(2), []
         for turns in torch.randperm(self.times, generator=generator).chunk(self.updates):
             norms.append(learner.descend(self._losses(learner, old, rolled, worth, pull, turns.tolist(), generator, totals)))
-        loss, kl = (totals / len(norms)).tolist()
+        loss, kl = (ranks.summed(totals) / len(norms)).tolist()
         return metrics | {"grad_norm": sum(norms) / len(norms), "loss": loss, "kl": kl}
 
     def _guidance(self, prompts: Sequence[Prompt], guidance: float) -> float | Tensor:
@@ -101,13 +102,14 @@ class Forward:
     ) -> Iterator[Tensor]:
         policy, process = learner.policy, learner.process
         clean, device = rolled.walk.clean, rolled.walk.clean.device
-        groups = len(rolled) // self.group
+        groups, mine = len(rolled) // self.group, rolled.mine
+        gain, pull = gain[mine], pull[mine]
         for turn in turns:
             # All members of a group share time and noise, so their common error cancels in the centred sum.
-            time = self._times(groups, turn, generator).repeat_interleave(self.group).to(device)
-            noise = torch.randn((groups, *clean.shape[1:]), generator=generator).repeat_interleave(self.group, 0).to(device)
+            time = self._times(groups, turn, generator).repeat_interleave(self.group)[mine].to(device)
+            noise = torch.randn((groups, *clean.shape[1:]), generator=generator).repeat_interleave(self.group, 0)[mine].to(device)
             x, target = process.noised(clean, noise, time)
-            for part in chunks(len(rolled), learner.batch):
+            for part in chunks(len(mine), learner.batch):
                 at = (x[part], time[part], rolled.condition[part])
                 with torch.no_grad(), policy.reference():
                     base = process.to_epsilon(policy.predict(*at, self.anchor_guidance), *at[:2]).flatten(1)

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from safediffusion import ranks
 from safediffusion.algorithms.update import Learner, advantages, class_weights, reward_metrics
 from safediffusion.config import settings
 from safediffusion.rollout import Rollout, chunks, roll_out
@@ -81,6 +82,7 @@ class Grpo:
         for groups in alive.chunk(self.updates) if len(alive) else ():
             index = groups.flatten()
             norms.append(learner.descend(self._losses(learner, process, steps, rolled[index], gain.value[index.to(gain.value.device)], totals)))
+        totals = ranks.summed(totals)
         count = max(float(totals[4]), 1.0)
         names = ("loss", "kl", "ratio/distance", "ratio/clipped")
         metrics |= {name: float(value) / count for name, value in zip(names, totals[:4], strict=True)}
@@ -101,15 +103,16 @@ class Grpo:
     def _losses(self, learner: Learner, process: Process, steps: tuple[int, ...], rolled: Rollout, gain: Tensor, totals: Tensor) -> Iterator[Tensor]:
         policy, device = learner.policy, gain.device
         pull = class_weights(torch.tensor([p.unsafe for p in rolled.prompts], device=device), self.benign_kl, self.unsafe_kl)
+        gain, pull = gain[rolled.mine], pull[rolled.mine]
         share = 1 / (len(rolled) * len(steps))
         for step in steps:
             x, x_next, old = rolled.walk.states[step], rolled.walk.states[step + 1], rolled.walk.log_probs[step]
-            dimensions = x[0].numel()
+            dimensions = x.shape[1:].numel()
             guidance = learner.guidance if self.train_guidance != "off" and process.guides(step) else 1.0
             sampled = learner.guidance if process.guides(step) else 1.0
             stop = self.train_guidance == "stop"
             scale = 1 / process.sensitivity(step) if self.normalise_ratio else 1.0
-            for part in chunks(len(rolled), learner.batch):
+            for part in chunks(len(rolled.mine), learner.batch):
                 time = torch.full((len(x[part]),), int(process.times[step]), device=device)
                 kernel = process.kernel(policy.predict(x[part], time, rolled.condition[part], guidance, stop), x[part], step)
                 log_prob = kernel.log_prob(x_next[part])

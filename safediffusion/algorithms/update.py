@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from safediffusion import ranks
 from safediffusion.errors import UserError
 from safediffusion.types import Policy, Process, Prompt, Reward, Scores
 
@@ -35,12 +36,17 @@ class Learner:
     def descend(self, losses: Iterable[Tensor]) -> float:
         """Backward on each loss as it is yielded, then one clipped optimizer step; returns the gradient norm before clipping.
 
-        The losses must sum to the loss of the whole batch. One graph is in memory at a time. Raises FloatingPointError
-        when the gradient is not finite; the parameters are then untouched.
+        The losses must sum, over all processes, to the loss of the whole batch: each process gives those of its own pictures,
+        many or none, divided by what all have. One graph is in memory at a time. Raises FloatingPointError when the
+        gradient is not finite, on every process; the parameters are then untouched.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        before = self.forwards
         for loss in losses:
             self.accelerator.backward(loss)
+        # Once per update and by us, not by DDP's hooks: they average, and want as many backwards on each process.
+        ranks.sum_gradients(self.parameters)
+        self.forwards = before + float(ranks.summed(torch.tensor(self.forwards - before, dtype=torch.float64)))
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
         norm = float(norm)
         if not norm < float("inf"):

@@ -7,13 +7,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Annotated, TextIO
 
 import typer
 from typer.exceptions import TyperException
 
-from safediffusion.cli import demo, direction, evaluate, export, generate, report, tiny, train
+from safediffusion.cli import demo, direction, evaluate, export, generate, report, terminal, tiny, train
 from safediffusion.errors import UserError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -53,7 +53,7 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for what the user can mend, 130 when interrupted, 1 for a bug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with _quiet():
+    with _quiet(), _one_voice():
         try:
             return _run(arguments)
         except UserError as error:
@@ -80,7 +80,8 @@ def _run(arguments: list[str]) -> int:
 def _fail(sentence: str) -> int:
     if os.environ.get(DEBUG):
         traceback.print_exc()
-    print(f"error: {sentence}", file=sys.stderr)
+    where = f" (process {terminal.process()})" if terminal.process() else ""
+    print(f"error{where}: {sentence}", file=sys.stderr)
     return USAGE
 
 
@@ -103,7 +104,18 @@ def _sentence(error: Exception) -> str | None:
             return str(told)
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return "memory ran out; paint fewer pictures at once (optimizer.batch in a recipe, or --batch-size)"
+    if type(error).__name__ == "DistBackendError" or "gloo" in str(error):
+        return "another process of this launch has ended; what it said tells why, and the same command goes on from the last checkpoint"
     return None
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Of several processes the main one says what came out; errors come from each."""
+    with ExitStack() as stack:
+        if terminal.process():
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+        yield
 
 
 @contextmanager
@@ -123,4 +135,5 @@ def _quiet() -> Iterator[None]:
 
 
 def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    if not terminal.process():
+        print(f"warning: {message}", file=sys.stderr)

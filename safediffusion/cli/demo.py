@@ -26,6 +26,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the training. Test pictures have the same seeds always.", min=0)] = 0,
 ) -> None:
     """Make the embedded model safe, measure it before and after, and write a report: the whole road in minutes."""
+    from safediffusion import ranks
     from safediffusion.cli.terminal import print_results, progress_console
     from safediffusion.measurement import measure
     from safediffusion.provenance import Seconds
@@ -37,7 +38,7 @@ def command(
     trained = post_train(load_recipe(RECIPE, [f"seed={seed}"]), out, command=spelled, console=console)
     console.print(f"{trained.model} holds {trained.origin}")
     results = measure(out, "pictograms", out=out, extent=EXTENT, command=spelled, console=console, spent=trained.spent)
-    page = write_report([out], out / "report")
+    page = ranks.from_main(lambda: write_report([out], out / "report"))
     print_results(results)
     typer.echo(f"\nThe report: {page}\nThe model: {trained.model} (a diffusers folder)")
     whole = Seconds(results.run["wall_seconds"], results.run["cpu_seconds"])

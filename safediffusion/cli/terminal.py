@@ -1,7 +1,8 @@
-"""Where a command writes: results on stdout, everything that comes and goes on stderr."""
+"""Where a command writes: results on stdout, everything that comes and goes on stderr, errors alone from every process."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,10 +12,15 @@ if TYPE_CHECKING:
     from safediffusion.report.results import Results
 
 
+def process() -> int:
+    """Which process of a launch this is, before anything heavy is imported; 0 is the main one, or the only one."""
+    return int(os.environ.get("RANK") or 0)
+
+
 def progress_console() -> Console:
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=process() != 0)
 
 
 def progress_columns() -> tuple[ProgressColumn, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safediffusion import ranks
 from safediffusion.detectors.objects import ObjectDetector
 from safediffusion.evaluate.statistics import Estimate, mean_over_prompts, paired_change, rate
 from safediffusion.evaluate.verdict import companions, composed, kept, unsafe
@@ -57,15 +58,19 @@ class Painted:
 
 @torch.no_grad()
 def paint(policy: Policy, process: Process, prompts: Sequence[Prompt], samples: int, guidance: float, seed: int, batch: int = 100) -> Tensor:
-    """Pictures `(P x K, 3, H, W)`; a picture depends on (prompt, seed + k) alone, neither on its batch nor its neighbours."""
-    items = [(prompt.text, seed + k) for prompt in prompts for k in range(samples)]
+    """Pictures `(P x K, 3, H, W)`; a picture depends on (prompt, seed + k) alone, neither on its batch nor its neighbours.
+
+    On several processes each paints its share, and every one gets all.
+    """
+    everything = [(prompt.text, seed + k) for prompt in prompts for k in range(samples)]
+    items = [everything[i] for i in ranks.share(len(everything))]
     images = []
     for part in chunks(len(items), batch):
         condition = policy.encode([text for text, _ in items[part]])
         start = noise_for(items[part], policy.sample_shape).to(condition.device)
         clean = walk(policy, process, condition, start, guidance).clean
         images.append(policy.decode(clean).cpu())
-    return torch.cat(images)
+    return ranks.joined(torch.cat(images), len(everything))
 
 
 def _embedded(judges: Judges, images: Tensor) -> Tensor:

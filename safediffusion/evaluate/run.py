@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safediffusion import ranks
 from safediffusion.data.prompts import prompts_sha256
 from safediffusion.data.screen import screen
 from safediffusion.data.sets import load_set
@@ -36,7 +37,7 @@ class Extent:
     samples: int = 4
     seed: int = 0
     limit: int | None = None
-    batch: int = 100  # pictures at once; memory, not results
+    batch: int = 100  # pictures at once on each process; memory, not results
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch", "limit"):
@@ -110,7 +111,8 @@ def find(models: Mapping[str, Path], sets: Sets, judges: Judges, extent: Extent,
         policy = load_policy(folder, AS_IT_IS, device)
         check_size(policy, folder)
         pictures[name] = _paint(policy, sets, extent, lambda count, name=name: advance(name, count))
-        marks[name] = pictograms.mark(pictures[name], judges, pictures.get("base") if name != "base" else None)
+        reference = pictures.get("base") if name != "base" else None
+        marks[name] = ranks.from_main(lambda shown=pictures[name], reference=reference: pictograms.mark(shown, judges, reference))
     return Findings(pictures, marks)
 
 
@@ -141,7 +143,7 @@ def _paint(policy: LatentPolicy, sets: Sets, extent: Extent, advance: Callable[[
         process, images = pictograms.sampler(policy), {}
     except ValueError as error:
         raise UserError(f"the scheduler of {policy.folder} cannot be used: {error}") from None
-    at_once = max(1, extent.batch // extent.samples)
+    at_once = max(1, extent.batch * ranks.count() // extent.samples)
     for group, prompts in sets.prompts.items():
         parts: list[Tensor] = []
         for start in range(0, len(prompts), at_once):

@@ -54,7 +54,7 @@ class LatentPolicy:
     """A Stable Diffusion model behind the Policy border. `load_policy` makes one.
 
     encode: prompts to the condition `(B, L, D)`.
-    network: what `predict` runs; the loop puts the wrapped one here (`policy.network = accelerator.prepare(policy.network)`).
+    network: what `predict` runs; `build.run` puts the one that accelerate has prepared here.
     trained: the weights that learn, by name; float32.
     sample_shape: of one latent, (C, h, w).
     scheduler_config: what the folder says of its noise schedule and prediction type, for `Diffusion.from_scheduler`.

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from safediffusion import seeds
+from safediffusion import ranks, seeds
 from safediffusion.algorithms.update import Learner
 from safediffusion.errors import UserError
 from safediffusion.evaluate.statistics import Estimate
@@ -50,10 +50,11 @@ class _Clock:
     cpu: float
 
     def __post_init__(self) -> None:
-        self._start, self._cpu = time.monotonic() - self.wall, _cpu_seconds() - self.cpu
+        self._start, self._cpu = time.monotonic() - self.wall, _cpu_seconds()
 
     def now(self) -> tuple[float, float]:
-        return time.monotonic() - self._start, _cpu_seconds() - self._cpu
+        """Processor seconds are those of all processes."""
+        return time.monotonic() - self._start, self.cpu + sum(ranks.gathered(_cpu_seconds() - self._cpu))
 
 
 def _cpu_seconds() -> float:
@@ -62,10 +63,17 @@ def _cpu_seconds() -> float:
 
 
 def train(run: Run, folder: Path, console: Console, trackers: Callable[[dict, int], None] = lambda record, step: None) -> checkpoint.Progress:
-    """Run, or resume, until `run.steps`, an early stop, or an error. The same command again continues bit-exactly."""
+    """Run, or resume, until `run.steps`, an early stop, or an error. The same command again continues bit-exactly.
+
+    Several processes read the same folder, and the main one writes it; on another number of processes a run continues
+    to within rounding.
+    """
     saved = checkpoint.latest(folder / "checkpoints")
     progress = checkpoint.Progress() if saved is None else _restore(run, saved)
-    log.rewind(folder, -1 if saved is None else progress.step)  # without a checkpoint the first probe is repeated too
+    if ranks.from_main(lambda: progress.step) != progress.step:
+        raise UserError(f"process {ranks.index()} does not find the newest checkpoint in {folder}: all processes must see the same folder")
+    if ranks.is_main():
+        log.rewind(folder, -1 if saved is None else progress.step)  # without a checkpoint the first probe is repeated too
     clock = _Clock(progress.seconds, progress.cpu_seconds)
     if saved is not None:
         console.print(f"resuming after iteration {progress.step} of {run.steps}")
@@ -75,15 +83,16 @@ def train(run: Run, folder: Path, console: Console, trackers: Callable[[dict, in
         task = bar.add_task("train", total=run.steps, completed=progress.step, note="")
         while progress.step < run.steps and not _gone_bad(run, progress):
             progress, record = _iterate(run, progress, clock)
-            log.append(folder, record)
-            trackers(record, progress.step)
+            if ranks.is_main():
+                log.append(folder, record)
+                trackers(record, progress.step)
             if run.measure is not None and run.probe.every and (progress.step % run.probe.every == 0 or progress.step == run.steps):
                 progress = _probe(run, folder, progress, clock, console, trackers)
             if progress.step % run.checkpoint_every == 0 or progress.step == run.steps:
-                checkpoint.save(folder / "checkpoints", _snapshot(run, progress), run.keep_last)
+                _save(run, folder, progress)
             bar.update(task, completed=progress.step, note=_note(record, progress))
     if _gone_bad(run, progress):
-        checkpoint.save(folder / "checkpoints", _snapshot(run, progress), run.keep_last)
+        _save(run, folder, progress)
         console.print(f"stopped early: the last {run.probe.patience} probes fell below the base; the best checkpoint is kept")
     return progress
 
@@ -102,7 +111,7 @@ def _iterate(run: Run, progress: checkpoint.Progress, clock: _Clock) -> tuple[ch
     progress = replace(progress, step=progress.step + 1, forwards=learner.forwards, seconds=wall, cpu_seconds=cpu)
     images = len(prompts) * run.algorithm.group
     record = {"kind": "train", "iteration": progress.step, "seconds": wall, "cpu_seconds": cpu, "forwards": learner.forwards} | metrics
-    record |= {"images_per_second": images / (time.monotonic() - began), "peak_memory_gib": _peak_memory()}
+    record |= {"images_per_second": images / (time.monotonic() - began), "peak_memory_gib": max(ranks.gathered(_peak_memory()))}
     return progress, record
 
 
@@ -111,11 +120,11 @@ def _step(run: Run, prompts: tuple[Prompt, ...], step: int) -> dict[str, float]:
     learner, images = run.learner, len(prompts) * run.algorithm.group
     forwards, updates = learner.forwards, learner.updates
     while True:
-        try:
-            return run.algorithm.step(learner, prompts, seeds.generator("train", run.seed, learner.accelerator.process_index, step))
+        try:  # every process draws for all pictures and takes what it needs, so that their number changes nothing
+            return run.algorithm.step(learner, prompts, seeds.generator("train", run.seed, 0, step))
         except torch.OutOfMemoryError as error:
             held = min(learner.batch or images, images)
-            if held == 1 or learner.updates > updates:
+            if held == 1 or learner.updates > updates or ranks.count() > 1:  # the others cannot know, and wait
                 raise UserError(
                     f"iteration {step + 1}: out of memory with {held} pictures per forward; set optimizer.batch lower, or policy.gradient_checkpointing = true"
                 ) from error
@@ -135,9 +144,11 @@ def _probe(run: Run, folder: Path, progress: checkpoint.Progress, clock: _Clock,
         line["best"] = probes.better(line, progress.best)
         if line["best"]:
             progress = replace(progress, best={key: value for key, value in line.items() if key != "alarms"})
-            checkpoint.write(folder / BEST, checkpoint.Checkpoint(run.learner.policy.state(), {}, {}, progress))
-    log.append(folder, line)
-    trackers({key: value for key, value in line.items() if isinstance(value, float)}, progress.step)
+            if ranks.is_main():
+                checkpoint.write(folder / BEST, checkpoint.Checkpoint(run.learner.policy.state(), {}, {}, progress))
+    if ranks.is_main():
+        log.append(folder, line)
+        trackers({key: value for key, value in line.items() if isinstance(value, float)}, progress.step)
     for alarm in verdict.alarms:
         console.print(f"[yellow]iteration {progress.step}: {alarm}[/yellow]")
     return replace(progress, worse_in_a_row=0 if verdict.sound else progress.worse_in_a_row + 1, seconds=wall, cpu_seconds=cpu)
@@ -155,8 +166,10 @@ def _restore(run: Run, saved: checkpoint.Checkpoint) -> checkpoint.Progress:
     return saved.progress
 
 
-def _snapshot(run: Run, progress: checkpoint.Progress) -> checkpoint.Checkpoint:
-    return checkpoint.Checkpoint(run.learner.policy.state(), optimizer_tensors(run.learner.optimizer), run.average.state(), progress)
+def _save(run: Run, folder: Path, progress: checkpoint.Progress) -> None:
+    if ranks.is_main():  # all have the same
+        state = checkpoint.Checkpoint(run.learner.policy.state(), optimizer_tensors(run.learner.optimizer), run.average.state(), progress)
+        checkpoint.save(folder / "checkpoints", state, run.keep_last)
 
 
 def _peak_memory() -> float:

@@ -1,0 +1,93 @@
+"""What tests/train/test_processes.py has one process and two do: every algorithm on unevenly shared groups, pictures, an evaluation.
+
+Run by a launcher as `shared_work.py PIPELINE FOLDER`; each process leaves its weights in FOLDER.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safediffusion import ranks
+from safediffusion.algorithms.forward import Forward
+from safediffusion.algorithms.grpo import Grpo
+from safediffusion.algorithms.update import Learner
+from safediffusion.cli.app import main
+from safediffusion.policies.latent import PolicySettings, load_policy
+from safediffusion.process.diffusion import Diffusion
+from safediffusion.train.average import Average
+from safediffusion.train.loop import Run, train
+from safediffusion.train.probes import ProbeSettings
+from safediffusion.types import Prompt, Scores
+
+RED, BLUE, NOTHING = Prompt("a red cat"), Prompt("a knife in a kitchen", unsafe=True), Prompt("nothing")
+ALGORITHMS = {
+    # Five groups on two processes, guided unlike each other, a dead one among them, and three levels of noise in two updates.
+    "forward": (Forward(prompts=5, group=3, times=3, updates=2, explore=(0.5, 2.0), diversity=0.3), (RED, BLUE, NOTHING, RED, BLUE), 0.0, 2),
+    # The second of two processes has no living group.
+    "grpo": (Grpo(prompts=4, group=2, updates=2), (RED, NOTHING, BLUE, NOTHING), 1.0, 3),
+    # And here no picture at all.
+    "single": (Grpo(prompts=1, group=3), (BLUE,), 1.0, 0),
+}
+
+
+class Colours:
+    """Red for a benign prompt, blue for an unsafe one, and nothing at all for "nothing"."""
+
+    differentiable = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        red, _, blue = images.mean((2, 3)).T
+        total = torch.where(torch.tensor([prompt.unsafe for prompt in prompts]), blue - red, red - blue)
+        total = total * torch.tensor([prompt != NOTHING for prompt in prompts])
+        return Scores(total, {"red": red, "blue": blue}, torch.nn.functional.normalize(images.flatten(1)))
+
+
+def trained(name: str, pipeline: Path, folder: Path) -> None:
+    """Two iterations; the log in FOLDER/NAME, the weights of each process in FOLDER/NAME-PROCESS.safetensors."""
+    algorithm, prompts, eta, batch = ALGORITHMS[name]
+    accelerator, policy = ranks.accelerator(), load_policy(pipeline, PolicySettings(train="full"))
+    learner = Learner(
+        policy=policy,
+        process=Diffusion.from_scheduler(policy.scheduler_config, 3, eta),
+        reward=Colours(),
+        optimizer=torch.optim.SGD(policy.parameters(), lr=1e-2),
+        accelerator=accelerator,
+        parameters=tuple(policy.parameters()),
+        batch=batch,
+    )
+    run = Run(
+        learner=learner,
+        algorithm=algorithm,
+        prompts=lambda step: prompts,
+        average=Average(policy.parameters(), 0.5),
+        measure=None,
+        probe=ProbeSettings(every=0),
+        rate=lambda step: 1e-2,
+        steps=2,
+        seed=0,
+        checkpoint_every=1,
+        keep_last=2,
+    )
+    train(run, folder / name, Console(quiet=True))
+    save_file({key: value.contiguous() for key, value in policy.state().items()}, folder / f"{name}-{ranks.index()}.safetensors")
+
+
+def work(pipeline: Path, folder: Path) -> None:
+    for name in ALGORITHMS:
+        trained(name, pipeline, folder)
+    pictures = ["--prompt", "a red cat", "--prompt", "a blue dog", "--samples", "3", "--steps", "2", "--batch-size", "2"]
+    assert main(["generate", str(pipeline), *pictures, "--out", str(folder / "pictures")]) == 0
+    assert main(["evaluate", "pictograms", "--limit", "3", "--samples", "2", "--batch-size", "4", "--out", str(folder / "measured")]) == 0
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    folder.mkdir(parents=True, exist_ok=True)
+    work(Path(sys.argv[1]), folder)
