@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -15,7 +16,8 @@ import torch
 def product_rate(device: torch.device, dtype: str, seconds: float = 0.5) -> float:
     """FLOP per second of the best of several square matrix products in `dtype`; the roof that a share is of."""
     size = 8192 if device.type == "cuda" else 1024
-    one = torch.zeros(size, size, dtype=getattr(torch, dtype), device=device)
+    # Not of zeros, which a GPU multiplies at a higher clock.
+    one = torch.rand(size, size, generator=torch.Generator().manual_seed(0)).to(device, getattr(torch, dtype))
     best, until = float("inf"), time.perf_counter() + seconds
     with torch.no_grad():
         one @ one  # warms up
@@ -33,10 +35,8 @@ def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_bytes(device: torch.device) -> int:

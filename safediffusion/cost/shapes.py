@@ -73,9 +73,9 @@ def measure_shapes(folder: Path, settings: PolicySettings) -> Shapes:
 
 
 @torch.no_grad()
-def reward_flop(reward: Reward, size: tuple[int, int]) -> int:
-    """FLOP of scoring one image of (height, width) pixels: it scores a grey one, its prompt encoded beforehand. CPU or GPU."""
-    images, prompts = torch.full((1, 3, *size), 0.5), [Prompt("a picture")]
+def reward_flop(reward: Reward, size: tuple[int, ...], device: torch.device) -> int:
+    """FLOP of scoring one image of (height, width) pixels: a grey one is scored, its prompt encoded beforehand."""
+    images, prompts = torch.full((1, 3, *size), 0.5, device=device), [Prompt("a picture")]
     reward(images, prompts)
     return counted(lambda: reward(images, prompts))
 

@@ -64,7 +64,20 @@ def spent(tiny_pipeline: Path) -> Callable[[Recipe], float]:
         {"algorithm": {**GRPO, "benign_kl": 0.0, "unsafe_kl": 0.0}, "process": {"steps": 3, "eta": 1.0}},
         {"algorithm": {**GRPO, "unsafe_kl": 0.0}, "process": {"steps": 3, "eta": 1.0}},
     ],
-    ids=["forward", "guided", "explore", "explore-at-one", "updates", "forward-without-kl", "full", "grpo", "updates-guided", "guided-training", "grpo-without-kl", "benign-kl"],
+    ids=[
+        "forward",
+        "guided",
+        "explore",
+        "explore-at-one",
+        "updates",
+        "forward-without-kl",
+        "full",
+        "grpo",
+        "updates-guided",
+        "guided-training",
+        "grpo-without-kl",
+        "benign-kl",
+    ],
 )
 def test_predicted_forwards_are_those_that_are_counted(spent: Callable[[Recipe], float], tables: dict) -> None:
     recipe = check(resolve(Recipe, {**SIMPLE, **tables}))
