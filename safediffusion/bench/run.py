@@ -20,6 +20,7 @@ from safediffusion.bench.standing import Standing, Work, record, standing
 from safediffusion.cost.forwards import forwards
 from safediffusion.cost.plan import flop, memory
 from safediffusion.cost.shapes import measure_shapes, reward_flop
+from safediffusion.errors import UserError
 from safediffusion.files import check_writable, write_bytes, write_json
 from safediffusion.provenance import commit, versions
 from safediffusion.recipe import Recipe
@@ -44,8 +45,8 @@ def bench(
     if out is not None:
         check_writable(out)
     at = build.device(device)
-    if at.index is not None:
-        torch.cuda.set_device(at)
+    if at.index:  # accelerate would take the first one all the same
+        raise UserError(f"--device {device}: a bench runs on the first GPU that it sees; set CUDA_VISIBLE_DEVICES={at.index} and give --device cuda")
     busy = machine(at)
     laps, runs = race(field, repeats, at, passed)
     standings, records = [], []

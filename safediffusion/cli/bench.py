@@ -29,7 +29,7 @@ def command(
     ] = "demo,paper",
     repeats: Annotated[int, typer.Option(help="Iterations of each recipe, taken in turns after a warm-up.", min=1)] = 3,
     out: Annotated[Path | None, typer.Option(help="Folder of bench.json and bench.png.", show_default=False)] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="the best there is")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; CUDA_VISIBLE_DEVICES chooses among several.", show_default="the best there is")] = None,
     size: Annotated[int | None, typer.Option(help="Pixels of a side.", show_default="the model's own", min=8)] = None,
     batch: Annotated[int | None, typer.Option(help="Pictures per forward.", show_default="the recipe's own", min=0)] = None,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="Arithmetic of the denoiser.", show_default="the recipe's own")] = None,
@@ -43,7 +43,7 @@ def command(
     from safediffusion.bench.run import bench
     from safediffusion.cli.terminal import progress_columns, progress_console
 
-    if model and "=" in model:  # an override, and every recipe has its own model
+    if model and "=" in model and not Path(model).exists():  # an override, and every recipe has its own model
         model, overrides = None, [model, *(overrides or ())]
     names = [name.strip() for name in recipes.split(",") if name.strip()]
     asked = {"policy.image_size": size, "optimizer.batch": batch, "policy.dtype": dtype}
