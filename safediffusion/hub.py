@@ -41,6 +41,14 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     return _cached(name, revision) or _downloaded(name, revision)
 
 
+def at_hand(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a model that needs no download; None for another one, and for what is no model."""
+    folder = EMBEDDED / "pipeline" if name == "pictograms" else Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    return _cached(name, revision) if _is_hub_id(name) else None
+
+
 def verify(weights: Path, part: str) -> Path:
     """The folder `weights`/`part`, after each of its files has been found to be the one named in `weights`/hashes.json."""
     listing = weights / "hashes.json"

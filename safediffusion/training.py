@@ -48,6 +48,8 @@ def post_train(recipe: Recipe | Path | str, out: Path | str, *, command: Sequenc
     `accelerate launch` or `torchrun` every process calls this, and the main one alone writes and speaks.
     """
     from safediffusion import build, ranks
+    from safediffusion.cost.plan import Watch, foresee
+    from safediffusion.train import checkpoint
     from safediffusion.train.loop import train
 
     began, out = Seconds.now(), Path(out)
@@ -60,8 +62,14 @@ def post_train(recipe: Recipe | Path | str, out: Path | str, *, command: Sequenc
             write_json(out / "direction.json", measures)
         if recipe.log.trackers:
             accelerator.init_trackers("safediffusion", config=_flat(dataclasses.asdict(recipe)))
+        watch = Watch(foresee(recipe, run, checkpoint.newest(out / "checkpoints")), console)
         desk = Seconds.now() - began
-        progress = train(run, out, console, lambda record, step: accelerator.log(_numbers(record), step=step))
+
+        def hear(record: dict[str, Any], step: int) -> None:
+            watch(record)
+            accelerator.log(_numbers(record), step=step)
+
+        progress = train(run, out, console, hear)
         for tracker in accelerator.trackers:  # no end_training(): it would part the processes
             tracker.finish()
         # The loop counts its own time over all sittings; what it took to build things comes on top.

@@ -22,7 +22,7 @@ def command(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to train, on what, and how.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that differ from the recipe.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; the same command again resumes it.", show_default=False)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole recipe, defaults included, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole recipe, defaults included, and what it needs, and stop.")] = False,
 ) -> None:
     """Post-train a model by a recipe. Ends with the best checkpoint as a diffusers folder in OUT/model."""
     from safediffusion.cli.terminal import progress_console
@@ -32,7 +32,11 @@ def command(
 
     resolved = load_recipe(recipe, overrides or ())
     if dry_run:
+        from safediffusion.cost.plan import outline
+
         typer.echo(dump(resolved), nl=False)
+        if said := outline(resolved):
+            typer.echo(f"# {said}")
         return
     if out is None:
         raise UserError("--out is missing: name the folder of the run, such as --out runs/first")

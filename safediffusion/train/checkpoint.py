@@ -80,6 +80,11 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def newest(folder: Path) -> int:
+    """The iteration of the newest checkpoint, readable or not; 0 without one."""
+    return max(_steps(folder), default=0)
+
+
 def _steps(folder: Path) -> Iterator[int]:
     for path in folder.glob("step-*.safetensors"):
         if match := _NAME.fullmatch(path.name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,25 @@ def test_dry_run_prints_a_recipe_that_resolves_to_itself(command, recipe: Path, 
     (tmp_path / "whole.toml").write_text(ended.out)
     assert command("train", tmp_path / "whole.toml", "--dry-run").out == ended.out
     assert "lr = 0.0002" in ended.out
+
+
+def test_a_run_says_beforehand_what_it_needs(command, recipe: Path, tmp_path: Path) -> None:
+    ended = command("train", recipe, "steps=5", "probe.every=0", "--out", tmp_path / "run")
+    assert ended.code == 0
+    first, *others = [line for line in ended.err.splitlines() if "s per image" in line]
+    assert re.fullmatch(r"needs about [\d.]+ GB, [\d.]+ s per image, [\w ]+ for 5 iterations", first)
+    assert len(others) == 1
+    assert re.fullmatch(r"after 3 iterations: [\d.]+ s per image, \d+ s for the other 2 iterations", others[0].strip())
+    assert "needs about" not in command("train", recipe, "steps=5", "probe.every=0", "--out", tmp_path / "run").err  # nothing is left to do
+
+
+def test_dry_run_says_what_a_picture_costs(command, recipe: Path) -> None:
+    last = command("train", recipe, "--dry-run").out.splitlines()[-1]
+    assert last.startswith("# 6 denoiser forwards per image (2 of the rollout, 4 of training; a backward counts as two), 4 images per iteration; ")
+    assert "TFLOP per image" in last
+    elsewhere = command("train", recipe, "model=someone/some-model", "--dry-run").out.splitlines()[-1]
+    assert elsewhere.startswith("# 6 denoiser forwards")
+    assert "TFLOP" not in elsewhere
 
 
 @pytest.mark.parametrize("path", sorted([*(ROOT / "recipes").glob("*.toml"), *(ROOT / "safediffusion" / "recipes").glob("*.toml")]), ids=lambda path: path.name)

@@ -1,0 +1,1 @@
+"""Recipes measured side by side, for speed."""

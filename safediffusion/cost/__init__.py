@@ -1,0 +1,1 @@
+"""What a recipe costs, said before it is paid."""

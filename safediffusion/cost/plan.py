@@ -1,0 +1,161 @@
+"""What a run is going to take, said before it starts from a few timed forwards, and again once its own iterations are timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safediffusion import ranks
+from safediffusion.algorithms.grpo import Grpo
+from safediffusion.cost.forwards import Forwards, forwards
+from safediffusion.cost.pace import measure_pace
+from safediffusion.cost.shapes import Shapes, measure_shapes
+from safediffusion.data.sets import load_set
+from safediffusion.evaluate import pictograms
+from safediffusion.hub import at_hand
+from safediffusion.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from safediffusion.policies.latent import LatentPolicy
+    from safediffusion.train.loop import Run
+
+_ITERATIONS = 3  # after so many the plan is corrected; the first of them warms up and is left out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`bytes` is the memory of the device, on a CPU that of the process; NaN seconds are not known."""
+
+    images: int  # of an iteration
+    iterations: int  # still to go
+    seconds: float  # of an iteration
+    probing: float  # seconds of all probes
+    bytes: float
+
+    def __str__(self) -> str:
+        return f"needs about {spelled_bytes(self.bytes)}, {self.pace('')}"
+
+    def pace(self, which: str) -> str:
+        whole, many = spelled(self.iterations * self.seconds + self.probing), "s" if self.iterations > 1 else ""
+        return f"{spelled_number(self.seconds / self.images)} s per image, {whole} for {which}{self.iterations} iteration{many}"
+
+
+def foresee(recipe: Recipe, run: Run, done: int = 0) -> Plan | None:
+    """The plan of a run of which `done` iterations are behind it; None when nothing is left, or the algorithm has no count.
+
+    Two forwards, one backward and one decoded picture are timed. No random number is drawn, and neither gradients nor
+    the reward (a user's function may count its calls) are touched, so the run stays what it would have been.
+    """
+    counts = forwards(recipe, process=run.learner.process)
+    if counts is None or done >= recipe.steps:
+        return None
+    policy, batch = run.learner.policy, min(recipe.optimizer.batch or counts.images, counts.images)
+    pace = measure_pace(policy, batch)
+    seconds = ((counts.rollout + counts.reference) * pace.forward + counts.trained * pace.trained + counts.images * pace.decode) / ranks.count()
+    left = recipe.steps - done
+    probing = _probes(recipe, left, done == 0) * (2 * pictograms.STEPS * pace.forward + pace.decode) if run.measure else 0.0
+    more = sum(weight.numel() for weight in run.learner.parameters) * (12 if done == 0 else 4)  # gradients, and two moments
+    more += _base_bytes(recipe, policy) + batch * pace.activations + _remembered(recipe, counts, math.prod(policy.sample_shape))
+    return Plan(counts.images, left, seconds, probing, _resident(policy.device) + more)
+
+
+@dataclass
+class Watch:
+    """Hears the records of the loop and says once what they make of the plan. With few iterations left it says nothing."""
+
+    plan: Plan | None
+    console: Console
+    heard: list[float] = field(default_factory=list)  # seconds of this sitting's iterations
+
+    def __post_init__(self) -> None:
+        if self.plan is not None:
+            self.console.print(str(self.plan))
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        if self.plan is None or record.get("kind") != "train" or len(self.heard) == _ITERATIONS:
+            return
+        self.heard.append(self.plan.images / record["images_per_second"])
+        left = self.plan.iterations - _ITERATIONS
+        if len(self.heard) == _ITERATIONS and left > 0:
+            seconds = sum(self.heard[1:]) / (_ITERATIONS - 1)
+            probing = self.plan.probing * seconds / self.plan.seconds
+            found = dataclasses.replace(self.plan, iterations=left, seconds=seconds, probing=probing)
+            self.console.print(f"after {_ITERATIONS} iterations: {found.pace('the other ')}")
+
+
+def outline(recipe: Recipe) -> str:
+    """What is known of a recipe without running anything: forwards, and for a model on this machine FLOP and memory."""
+    counts = forwards(recipe)
+    if counts is None:
+        return ""
+    parts = f"{counts.rollout / counts.images:g} of the rollout, {counts.training / counts.images:g} of training"
+    said = f"{counts.per_image:g} denoiser forwards per image ({parts}; a backward counts as two), {counts.images} images per iteration"
+    folder = at_hand(recipe.model, recipe.revision)
+    if folder is None:
+        return said
+    shapes = measure_shapes(folder, recipe.policy)
+    work, room = flop(counts, shapes) / counts.images, memory(recipe, counts, shapes)
+    return f"{said}; without the reward {spelled_number(work / 1e12)} TFLOP per image and about {spelled_bytes(room)} of memory"
+
+
+def flop(counts: Forwards, shapes: Shapes) -> float:
+    """FLOP of an iteration without its reward. A backward is here what it is by count, not two forwards."""
+    return (counts.rollout + counts.reference) * shapes.forward + counts.trained * (shapes.forward + shapes.backward) + counts.images * shapes.decode
+
+
+def memory(recipe: Recipe, counts: Forwards, shapes: Shapes) -> float:
+    """Bytes, about: weights, gradients, Adam's two moments, the average, and the larger of a graph and a decoder."""
+    batch = min(recipe.optimizer.batch or counts.images, counts.images)
+    learning = shapes.trained * 4 * (4 if recipe.optimizer.ema else 3)
+    base = shapes.base if recipe.policy.train == "full" and counts.reference else 0
+    return shapes.weights + learning + base + batch * max(shapes.activations, shapes.decoding) + _remembered(recipe, counts, shapes.latent)
+
+
+def spelled(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def spelled_bytes(count: float) -> str:
+    return f"{count / 1e9:.0f} GB" if count >= 1e10 else f"{count / 1e9:.1f} GB"
+
+
+def spelled_number(value: float) -> str:
+    """Two digits, never in powers of ten for what a person meets."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}" if value >= 1e-4 else f"{value:.1e}"
+
+
+def _probes(recipe: Recipe, left: int, first: bool) -> int:
+    """Pictures that all probes paint: the first one paints the base as well."""
+    sets = sum(min(recipe.probe.prompts, len(load_set(name))) for name in pictograms.VALIDATION_SETS.values())
+    return sets * recipe.probe.samples * (1 + first + -(-left // recipe.probe.every))
+
+
+def _base_bytes(recipe: Recipe, policy: LatentPolicy) -> int:
+    """Of the second denoiser that full training compares with; it is read when it is first needed."""
+    counts = forwards(recipe)
+    if policy.settings.train != "full" or counts is None or not counts.reference:
+        return 0
+    return sum(weight.numel() for weight in policy.unet.parameters()) * (2 if policy.settings.dtype == "bfloat16" else 4)
+
+
+def _remembered(recipe: Recipe, counts: Forwards, latent: int) -> int:
+    """Bytes of the latents of a rollout: grpo keeps those of every step."""
+    kept = recipe.process.steps + 1 if isinstance(recipe.algorithm, Grpo) else 1
+    return counts.images * kept * 4 * latent
+
+
+def _resident(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
