@@ -78,7 +78,7 @@ class Forward:
             odd = unlikeness(rolled.scores, self.group, self.slack)
             worth = (worth + class_weights(unsafe, self.diversity, 0.0) * odd).clamp(-self.clip, self.clip)
         pull = class_weights(unsafe, self.benign_kl, self.unsafe_kl)
-        totals, norms = torch.zeros(2), []
+        totals, norms = torch.zeros(2, device=worth.device), []
         for turns in torch.randperm(self.times, generator=generator).chunk(self.updates):
             norms.append(learner.descend(self._losses(learner, old, rolled, worth, pull, turns.tolist(), generator, totals)))
         loss, kl = (ranks.summed(totals) / len(norms)).tolist()
@@ -123,7 +123,7 @@ class Forward:
                 kl = (said - base).square().mean(1)
                 share = 1 / (len(rolled) * len(turns))
                 learner.forwards += len(said) * (3 + (1 if self.anchor_guidance == 1 else 2) + (self.old != "now"))
-                totals += torch.stack([match.detach().cpu(), kl.detach().sum().cpu()]) * share
+                totals += torch.stack([match.detach(), kl.detach().sum()]) * share
                 yield (match + (pull[part] * kl).sum()) * share
 
     def _times(self, groups: int, turn: int, generator: torch.Generator) -> Tensor:

@@ -77,15 +77,14 @@ class Grpo:
         alive = gain.members(self.group).view(-1, self.group)
         alive = alive[torch.randperm(len(alive), generator=generator)]
         steps = self.trained_steps(process, generator)
-        totals = torch.zeros(5, dtype=torch.float64)
+        totals = torch.zeros(5, device=gain.value.device)  # stays there until the last update
         norms = []
         for groups in alive.chunk(self.updates) if len(alive) else ():
             index = groups.flatten()
             norms.append(learner.descend(self._losses(learner, process, steps, rolled[index], gain.value[index.to(gain.value.device)], totals)))
-        totals = ranks.summed(totals)
-        count = max(float(totals[4]), 1.0)
+        *sums, count = ranks.summed(totals).tolist()
         names = ("loss", "kl", "ratio/distance", "ratio/clipped")
-        metrics |= {name: float(value) / count for name, value in zip(names, totals[:4], strict=True)}
+        metrics |= {name: value / max(count, 1.0) for name, value in zip(names, sums, strict=True)}
         return metrics | {"grad_norm": sum(norms) / len(norms) if norms else 0.0}
 
     def windowed(self, learner: Learner, generator: torch.Generator) -> Process:
@@ -128,6 +127,6 @@ class Grpo:
                 with_kl = 1 if self.benign_kl or self.unsafe_kl else 0
                 learner.forwards += len(loss) * (3 + with_kl + (0 if guidance == 1 else (1 if stop else 3) + with_kl))
                 distance = (ratio.detach() - 1).abs()
-                measured = torch.stack([loss.detach().sum(), kl.detach().sum(), distance.sum(), (distance > self.clip_range).float().sum()])
-                totals += torch.cat([measured, torch.tensor([len(loss)], device=device)]).double().cpu()
+                clipped = (distance > self.clip_range).float()
+                totals += torch.stack([each.sum() for each in (loss.detach(), kl.detach(), distance, clipped, torch.ones_like(clipped))])
                 yield (loss + pull[part] * kl).sum() * share
