@@ -47,7 +47,9 @@ class Forward:
     time_range: tuple[Share, Share] = (0.02, 0.9)  # of the schedule, from less noise to more; outside it epsilon carries no layout, or only noise
     floor: float = Field(default=0.02, ge=0)  # added to the group's std: keeps small differences small
     clip: float = Field(default=2.5, gt=0)  # of the advantage
-    slack: float = Field(default=0.0, ge=0)  # scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
+    slack: float = Field(
+        default=0.0, ge=0
+    )  # benign prompts' scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
     diversity: float = Field(default=0.0, ge=0)  # advantage, on benign prompts, of a good picture for being unlike the group's other good ones
     least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
     # Guidance of the rollout on unsafe prompts, spread evenly over each group; left out, all paint with process.guidance.
@@ -67,7 +69,8 @@ class Forward:
         with old():
             rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, self.group, guidance, generator, batch=learner.batch)
         learner.forwards += rolled.forwards
-        gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread, self.slack)
+        slack = class_weights(torch.tensor([prompt.unsafe for prompt in prompts]), self.slack, 0.0)
+        gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread, slack)
         metrics = reward_metrics(rolled.prompts, rolled.scores, gain)
         alive = gain.members(self.group)
         if len(alive) == 0:

@@ -63,7 +63,9 @@ class Grpo:
     clip_range: float = Field(default=1e-4, gt=0)  # of the ratio; per latent dimension, so that it does not depend on the picture's size
     floor: float = Field(default=0.02, ge=0)  # added to the group's std: keeps small differences small
     clip: float = Field(default=2.5, gt=0)  # of the advantage
-    slack: float = Field(default=0.0, ge=0)  # scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
+    slack: float = Field(
+        default=0.0, ge=0
+    )  # benign prompts' scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
     least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
     benign_kl: float = Field(default=0.5, ge=0)  # weight of KL(policy || base) per dimension on benign prompts
     unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
@@ -72,7 +74,8 @@ class Grpo:
         process = self.windowed(learner, generator)
         rolled = roll_out(learner.policy, process, learner.reward, prompts, self.group, learner.guidance, generator, True, learner.batch, self.share_prefix)
         learner.forwards += rolled.forwards
-        gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread, self.slack)
+        slack = class_weights(torch.tensor([prompt.unsafe for prompt in prompts]), self.slack, 0.0)
+        gain = advantages(rolled.scores.total, self.group, self.floor, self.clip, self.least_spread, slack)
         metrics = reward_metrics(rolled.prompts, rolled.scores, gain)
         alive = gain.members(self.group).view(-1, self.group)
         alive = alive[torch.randperm(len(alive), generator=generator)]

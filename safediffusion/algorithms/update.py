@@ -90,13 +90,14 @@ class Advantages:
         return torch.arange(len(self.value))[self.alive.cpu().repeat_interleave(group)]
 
 
-def advantages(total: Tensor, group: int, floor: float, clip: float, least_spread: float, slack: float = 0.0) -> Advantages:
+def advantages(total: Tensor, group: int, floor: float, clip: float, least_spread: float, slack: float | Tensor = 0.0) -> Advantages:
     """Per-prompt standardised scores `(r - mean) / (std + floor)`, clipped to +-`clip` (docs/method.md section 4).
 
-    Scores within `slack` of the best of their group count as equal. A group whose scores then spread less than `least_spread`
+    Scores within `slack` of the best of their group count as equal; a tensor `(P,)` gives every group its own. A group whose scores then spread less than `least_spread`
     is dead: its advantages are zero and it should not be trained on.
     """
     grouped = total.float().view(-1, group)
+    slack = torch.as_tensor(slack, dtype=grouped.dtype, device=grouped.device).reshape(-1, 1)
     grouped = torch.minimum(grouped, grouped.amax(1, keepdim=True) - slack)
     centred = grouped - grouped.mean(1, keepdim=True)
     spread = centred.square().mean(1, keepdim=True).sqrt()

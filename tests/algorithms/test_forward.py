@@ -89,6 +89,16 @@ def test_the_gradient_is_that_of_advantage_weighted_matching(make_learner: Make,
     assert got.norm() > 0
 
 
+def test_unsafe_prompts_have_no_slack(make_learner: Make, gradient: Callable) -> None:
+    learner = make_learner(eta=0.0)
+    _, rollout, seen = stepped(learner, slack=10.0, least_spread=0.0)  # all benign pictures are near enough to the best
+    got = gradient(learner)
+    gain = advantages(rollout.scores.total, 4, 1e-3, 2.5, 0.0).value * torch.tensor([0.0, 1.0]).repeat_interleave(4)
+    matched(learner, rollout.condition, gain, torch.zeros(8), seen)
+    assert close(got, gradient(learner))
+    assert got.norm() > 0
+
+
 def test_an_odd_one_among_right_pictures_of_a_benign_prompt_gains(make_learner: Make, gradient: Callable) -> None:
     prompts = (Prompt("nothing"), Prompt("nothing", unsafe=True))  # all score alike: the bonus is the whole advantage
     learner = make_learner(eta=0.0)

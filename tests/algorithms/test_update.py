@@ -76,6 +76,12 @@ def test_scores_near_the_best_count_as_equal() -> None:
     assert gain.value[4:].tolist() == [0, 0, 0, 0]
 
 
+def test_each_group_may_have_its_own_slack() -> None:
+    gain = advantages(torch.tensor([0.70, 0.75, 0.70, 0.75]), 2, 0.01, 2.5, 1e-4, slack=torch.tensor([0.1, 0.0]))
+    assert gain.alive.tolist() == [False, True]
+    assert gain.value[:2].tolist() == [0, 0] and gain.value[2] < 0 < gain.value[3]
+
+
 def test_the_odd_one_of_the_good_pictures_stands_out() -> None:
     angle = torch.tensor([0.0, 0.1, 0.1, 1.0, 3.0, 0.0, 0.5, 0.7, 0.8, 0.9])  # the last of the first group is the most unlike, and not good
     total = torch.tensor([0.7, 0.75, 0.72, 0.7, 0.3, 0.5, 0.5, 0.1, 0.1, 0.1])
