@@ -86,9 +86,11 @@ def write_shaped(folder: Path, shape: Shape) -> Path:
 def _write(folder: Path, shape: Shape) -> None:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+    from transformers.utils import logging
 
     from safediffusion.tiny import networks
 
+    logging.disable_progress_bar()  # one per part of the model, each for a file
     tokenizer = networks.build_tokenizer(["a picture of a cat and a dog"], folder / "pipeline" / "tokenizer")
     tokenizer.model_max_length = shape.length
     text = {**shape.text, **{f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}}
@@ -105,3 +107,4 @@ def _write(folder: Path, shape: Shape) -> None:
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=dict(shape.vision), projection_dim=shape.projection))
     clip.half().save_pretrained(folder / "reward")
     tokenizer.save_pretrained(folder / "reward")
+    logging.enable_progress_bar()
