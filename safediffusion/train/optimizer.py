@@ -20,10 +20,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerSettings:
     """AdamW; the paper's constants where it names them."""
 
-    kind: Literal["adamw", "adamw8bit"] = "adamw"  # "adamw8bit" keeps its moments in a quarter of the memory; on a GPU, with bitsandbytes
-
     lr: float = Field(default=1e-5, gt=0)  # tiny models and LoRA take 10 to 30 times more than a full SD1.x UNet
     schedule: Literal["constant", "linear"] = "constant"  # "linear" falls to a tenth at the last iteration: a calmer end
+    eight_bit: bool = False  # moments in a quarter of the memory; on a GPU, with bitsandbytes
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(default=1e-4, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -32,16 +31,16 @@ class OptimizerSettings:
 
 
 def build_optimizer(parameters: Sequence[torch.nn.Parameter], options: OptimizerSettings) -> torch.optim.Optimizer:
-    if options.kind == "adamw8bit":
+    if options.eight_bit:
         return _eight_bit()(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
     return torch.optim.AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
 
 
 def _eight_bit() -> Callable[..., torch.optim.Optimizer]:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError('optimizer.kind = "adamw8bit" needs bitsandbytes; run: pip install bitsandbytes, or use "adamw"')
+        raise UserError("optimizer.eight_bit needs bitsandbytes; run: pip install bitsandbytes, or leave it out")
     if not torch.cuda.is_available():
-        raise UserError('optimizer.kind = "adamw8bit" needs a GPU; use "adamw"')
+        raise UserError("optimizer.eight_bit needs a GPU; leave it out")
     return importlib.import_module("bitsandbytes").optim.AdamW8bit
 
 

@@ -20,5 +20,5 @@ def test_a_linear_rate_falls_evenly_to_a_tenth() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None, reason="it can be had here")
 def test_eight_bits_that_cannot_be_had_are_refused() -> None:
-    with pytest.raises(UserError, match='optimizer.kind = "adamw8bit" needs (bitsandbytes; run: pip install|a GPU)'):
-        build_optimizer([torch.nn.Parameter(torch.zeros(1))], OptimizerSettings(kind="adamw8bit"))
+    with pytest.raises(UserError, match="optimizer.eight_bit needs (bitsandbytes; run: pip install|a GPU)"):
+        build_optimizer([torch.nn.Parameter(torch.zeros(1))], OptimizerSettings(eight_bit=True))
