@@ -140,10 +140,12 @@ def roll_out(
     # Drawn on the CPU, and for all pictures before they are divided: neither device, `batch` nor processes change a picture.
     start = torch.randn((len(strength) // copies, *policy.sample_shape), generator=generator)[own[::copies] // copies]
     noises = [torch.randn((len(strength), *policy.sample_shape), generator=generator)[own] for _ in noisy]
-    walks, scored = [], []
+    guided, walks, scored = strength[own], [], []
     for part in chunks(len(repeated), batch if copies == 1 else batch and max(batch // group, 1) * group):
-        few, guided = slice(part.start // copies, part.stop // copies), strength[own][part][::copies]
-        walked = walk(policy, process, condition[part], start[few].to(condition.device), guided, [noise[part] for noise in noises], remember, (shared, copies))
+        few = slice(part.start // copies, part.stop // copies)
+        walked = walk(
+            policy, process, condition[part], start[few].to(condition.device), guided[part][::copies], [noise[part] for noise in noises], remember, (shared, copies)
+        )
         walks.append(walked)
         scored.append(reward(policy.decode(walked.clean), repeated[part]))
     held = ranks.held(len(prompts)) * group

@@ -63,7 +63,7 @@ def race(
 def _lap(lane: _Lane, repeat: int, device: torch.device) -> Lap:
     recipe, learner = lane.contestant.recipe, lane.run.learner
     prompts = lane.run.prompts(repeat)
-    expected = forwards(recipe, sum(prompt.unsafe for prompt in prompts))
+    expected = forwards(recipe, sum(prompt.unsafe for prompt in prompts), learner.process)
     forget_peak(device)
     before, cpu = learner.forwards, time.process_time()
     seconds, parts = lane.clock.iteration(lambda: _iterate(lane, repeat, len(prompts)))
@@ -83,6 +83,7 @@ def _iterate(lane: _Lane, number: int, count: int) -> None:
     run, step = lane.run, max(number, 0)
     for group in run.learner.optimizer.param_groups:
         group["lr"] = run.rate(step)
+    run.learner.iteration = step
     run.algorithm.step(run.learner, run.prompts(step)[:count], seeds.generator("bench", run.seed, number))
     with lane.clock.part("optimizer"):
         run.average.update()

@@ -64,7 +64,7 @@ def bench(
 def _work(recipe: Recipe, run: Run, device: torch.device) -> Work:
     """What an iteration is by count, and what the machine could do."""
     roof = product_rate(device, recipe.policy.dtype)
-    counts, policy = forwards(recipe), run.learner.policy
+    counts, policy = forwards(recipe, process=run.learner.process), run.learner.policy
     if counts is None:
         return Work(None, roof, None)
     shapes = measure_shapes(policy.folder, recipe.policy)
