@@ -15,7 +15,9 @@ EMBEDDED = Path(str(resources.files("safediffusion"))) / "tiny" / "weights"
 # Only subfolders: at the top of many repositories lie single-file checkpoints of several GB that nobody here reads.
 _WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
 _UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*"]
+_INSTEAD = "give a local folder that holds the model instead"
 _WEIGHT_FOLDERS = ("text_encoder", "unet", "vae")
+_PART = ["config.json", "diffusion_pytorch_model.safetensors"]  # of a repository that holds one component
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
@@ -39,6 +41,20 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     if not _is_hub_id(name):
         raise UserError(f"{name!r} is no model: give a local folder, `pictograms`, or a hub id such as org/name")
     return _cached(name, revision) or _downloaded(name, revision)
+
+
+def resolve_part(name: str) -> Path:
+    """The folder of one saved component, such as an autoencoder: a local folder, or a hub id, pinned as org/name@REVISION.
+
+    Raises UserError for a folder that does not exist and a component that cannot be had.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    name, _, revision = name.partition("@")
+    if name.startswith((".", "/", "~")) or not _is_hub_id(name):
+        raise UserError(f"{name} does not exist; give a local folder that save_pretrained wrote, or a hub id such as org/name@REVISION")
+    return _fetched(name, revision or None, _PART)
 
 
 def at_hand(name: str, revision: str | None = None) -> Path | None:
@@ -111,25 +127,28 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
+    folder = _fetched(name, revision, _WANTED, _UNWANTED)
+    if not _is_whole(folder):
+        raise UserError(f"{name} is not a diffusers pipeline with safetensors weights, or only part of it is in the local cache; {_INSTEAD}")
+    return folder
+
+
+def _fetched(name: str, revision: str | None, wanted: list[str], unwanted: list[str] | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-    instead = "give a local folder that holds the model instead"
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except GatedRepoError:
-        raise UserError(f"{name} is gated: accept its terms at huggingface.co/{name} and run `hf auth login`, or {instead}") from None
+        raise UserError(f"{name} is gated: accept its terms at huggingface.co/{name} and run `hf auth login`, or {_INSTEAD}") from None
     except RepositoryNotFoundError:
-        raise UserError(f"{name} is not on the hub, or it is private: check the name, run `hf auth login`, or {instead}") from None
+        raise UserError(f"{name} is not on the hub, or it is private: check the name, run `hf auth login`, or {_INSTEAD}") from None
     except RevisionNotFoundError:
         raise UserError(f"{name} has no revision {revision!r}") from None
     except LocalEntryNotFoundError:
-        raise UserError(f"{name} is not in the local cache and the hub cannot be reached; {instead}") from None
+        raise UserError(f"{name} is not in the local cache and the hub cannot be reached; {_INSTEAD}") from None
     except (HTTPError, OSError) as error:  # HTTPError is that of the HTTP library, whichever one this hub client uses
-        raise UserError(f"{name} cannot be downloaded ({str(error).splitlines()[0]}); {instead}") from None
-    if not _is_whole(folder):
-        raise UserError(f"{name} is not a diffusers pipeline with safetensors weights, or only part of it is in the local cache; {instead}")
-    return folder
+        raise UserError(f"{name} cannot be downloaded ({str(error).splitlines()[0]}); {_INSTEAD}") from None
 
 
 def _is_whole(folder: Path) -> bool:

@@ -147,7 +147,7 @@ def roll_out(
             policy, process, condition[part], start[few].to(condition.device), guided[part][::copies], [noise[part] for noise in noises], remember, (shared, copies)
         )
         walks.append(walked)
-        scored.append(reward(policy.decode(walked.clean), repeated[part]))
+        scored.append(reward(policy.sketch(walked.clean), repeated[part]))
     held = ranks.held(len(prompts)) * group
     joined = Walk(
         tuple(torch.cat(each)[:held] for each in zip(*(w.states for w in walks), strict=True)),
@@ -156,6 +156,28 @@ def roll_out(
     everything = tuple(prompt for prompt in prompts for _ in range(group))
     forwards = sum(float((1 + (strength[:: copies if step < shared else 1] != 1) * process.guides(step)).sum()) for step in range(len(process.times)))
     return Rollout(everything, condition[:held], joined, _joined(_all(scored), group, len(prompts)), group, own[:held], forwards)
+
+
+@torch.no_grad()
+def sketch_shift(
+    policy: Policy, process: Process, reward: Reward, prompts: Sequence[Prompt], group: int, guidance: float, generator: torch.Generator, batch: int = 0
+) -> dict[str, float]:
+    """What `sketch` does to the reward, against `decode`, on `group` pictures of each prompt, on this process alone.
+
+    shift: mean change of the total; spread: its standard deviation; agreement: the correlation of the two totals less the mean of
+    their group, which is what advantages are made of.
+    """
+    shown = tuple(prompt for prompt in prompts for _ in range(group))
+    condition = policy.encode([prompt.text for prompt in shown])
+    start, *noises = (torch.randn((len(shown), *policy.sample_shape), generator=generator) for _ in range(1 + len(process.stochastic_steps)))
+    totals = []
+    for part in chunks(len(shown), batch):
+        clean = walk(policy, process, condition[part], start[part].to(condition.device), guidance, [noise[part] for noise in noises]).clean
+        totals.append(torch.stack([reward(decode(clean), shown[part]).total for decode in (policy.sketch, policy.decode)]))
+    total = torch.cat(totals, 1).double().cpu()
+    change, within = total[0] - total[1], total.unflatten(1, (-1, group))
+    agreement = torch.corrcoef((within - within.mean(2, keepdim=True)).flatten(1))[0, 1]
+    return {"shift": change.mean().item(), "spread": change.std().item(), "agreement": agreement.item(), "pictures": len(shown)}
 
 
 def _joined(scores: Scores, group: int, groups: int) -> Scores:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from safediffusion.policies.latent import LatentPolicy
     from safediffusion.recipe import Recipe
     from safediffusion.train.export import Which
+    from safediffusion.train.loop import Run
+
+
+_LEAST_AGREEMENT = 0.8  # of rewards within a prompt, between the tiny autoencoder and the whole one
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def post_train(recipe: Recipe | Path | str, out: Path | str, *, command: Sequenc
         run, measures = build.run(recipe, accelerator)
         if measures and ranks.is_main():
             write_json(out / "direction.json", measures)
+        _measure_sketch(recipe, run, out, console)
         if recipe.log.trackers:
             accelerator.init_trackers("safediffusion", config=_flat(dataclasses.asdict(recipe)))
         watch = Watch(foresee(recipe, run, checkpoint.newest(out / "checkpoints")), console)
@@ -111,6 +116,35 @@ def _entered(out: Path, recipe: Recipe, command: Sequence[str]) -> Iterator[None
     with ExitStack() as stack:
         ranks.from_main(lambda: stack.enter_context(run_folder.entered(out, dump(recipe), build.identity(recipe), command)))
         yield
+
+
+def _measure_sketch(recipe: Recipe, run: Run, out: Path, console: Console) -> None:
+    """At the start of a run, on 32 pictures of the base for its own training prompts; `out`/tiny_vae.json keeps it."""
+    from safediffusion import ranks, seeds
+    from safediffusion.rollout import sketch_shift
+    from safediffusion.train import checkpoint
+
+    name = recipe.policy.tiny_vae
+    if name is None or checkpoint.newest(out / "checkpoints"):
+        return
+    learner, shown = run.learner, run.prompts(0)[:8]
+
+    def measured() -> dict[str, float]:
+        generator = seeds.generator("sketch", run.seed)
+        return sketch_shift(learner.policy, learner.process, learner.reward, shown, 32 // len(shown), learner.guidance, generator, learner.batch)
+
+    found = ranks.from_main(measured)
+    if ranks.is_main():
+        write_json(out / run_folder.TINY_VAE, {"tiny_vae": name, **found})
+    console.print(
+        f"{name} moves the reward by {found['shift']:+.4f} (standard deviation {found['spread']:.4f}); "
+        f"within a prompt's pictures it agrees with the whole autoencoder at a correlation of {found['agreement']:.2f}"
+    )
+    if not found["agreement"] >= _LEAST_AGREEMENT:
+        raise UserError(
+            f"policy.tiny_vae: rewards of {name} and of the model's own autoencoder correlate at {found['agreement']:.2f} within a prompt, {_LEAST_AGREEMENT} needed; "
+            "it is not the tiny autoencoder of this model's latents - choose another, or leave it out"
+        )
 
 
 def _silent() -> Console:

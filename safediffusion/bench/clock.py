@@ -101,7 +101,7 @@ def watch(learner: Learner) -> Clock:
 
     policy.reference = at_base
     policy.predict = clock.timed(policy.predict, lambda: "training" if torch.is_grad_enabled() or clock.at_base else "rollout")
-    policy.decode = clock.timed(policy.decode, "decode")
+    policy.sketch = clock.timed(policy.sketch, "decode")
     learner.reward = _TimedReward(learner.reward, clock)
     accelerator: Any = learner.accelerator
     accelerator.backward = clock.timed(accelerator.backward, "training")

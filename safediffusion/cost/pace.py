@@ -22,7 +22,7 @@ class Pace:
 
     forward: float  # through the denoiser, one branch, no graph
     trained: float  # forward and backward
-    decode: float
+    decode: float  # as rollouts are decoded
     activations: int
 
 
@@ -53,7 +53,7 @@ def measure_pace(policy: LatentPolicy, batch: int) -> Pace:
         one = min(warm, _timed(policy.device, lambda: policy.predict(*inputs(1))))
         count = max(1, min(batch, int(_QUICK / one)))
         forward = _timed(policy.device, lambda: policy.predict(*inputs(count))) / count
-        decode = _timed(policy.device, lambda: policy.decode(inputs(count)[0])) / count
+        decode = _timed(policy.device, lambda: policy.sketch(inputs(count)[0])) / count
     some = max(1, count // 3)
     with torch.enable_grad():
         trained = _timed(policy.device, lambda: train(some)) / some

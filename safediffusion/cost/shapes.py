@@ -33,7 +33,7 @@ class Shapes:
     trained: int  # weights that learn
     forward: int  # FLOP of the denoiser, one branch
     backward: int  # FLOP of its gradient
-    decode: int  # FLOP of the autoencoder
+    decode: int  # FLOP of the autoencoder that decodes rollouts
     weights: int  # bytes of denoiser, autoencoder and text encoder as they lie on the device
     base: int  # bytes of the second denoiser that full training compares with
     activations: int  # bytes kept for one backward
@@ -42,7 +42,7 @@ class Shapes:
 
 def measure_shapes(folder: Path, settings: PolicySettings) -> Shapes:
     """Those of a Stable Diffusion folder: its config files are read, nothing else. Seconds for SD1.x. UserError for another pipeline."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -51,6 +51,7 @@ def measure_shapes(folder: Path, settings: PolicySettings) -> Shapes:
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")).requires_grad_(False)
         text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        tiny = None if settings.tiny_vae is None else AutoencoderTiny.from_config(_tiny_config(settings.tiny_vae)).requires_grad_(False)
     parameters = _count(unet)
     if settings.train == "lora":
         unet.requires_grad_(False)
@@ -63,6 +64,8 @@ def measure_shapes(folder: Path, settings: PolicySettings) -> Shapes:
         length = text.config.max_position_embeddings
         forward, backward, activations = _training(unet, latent, (1, length, unet.config.cross_attention_dim), settings.dtype)
         decode, decoding = _decoding(vae, latent)
+        if tiny is not None:  # rollouts; what people look at is still decoded by the other one, whose place is the wider
+            decode = counted(lambda: tiny.decode(torch.zeros(latent), return_dict=False))
     if settings.gradient_checkpointing:  # each block is computed once more on the way back; what is kept is then overstated
         backward += forward
     base = parameters * _WIDTH[settings.dtype]
@@ -130,6 +133,13 @@ def _decoding(vae: Any, latent: tuple[int, ...]) -> tuple[int, int]:
     for hook in hooks:
         hook.remove()
     return flop, widest * 4
+
+
+def _tiny_config(name: str) -> dict[str, Any]:
+    """That of a local folder; one on the hub is taken to be a TAESD, whose shape is the class's own."""
+    from diffusers import AutoencoderTiny
+
+    return AutoencoderTiny.load_config(name) if Path(name).expanduser().is_dir() else {}
 
 
 def _halve(unet: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from safediffusion.config import settings
 from safediffusion.errors import UserError
+from safediffusion.hub import resolve_part
 from safediffusion.policies.conditioner import Conditioner
 from safediffusion.policies.lora import add_lora, merge_lora, save_lora
 from safediffusion.policies.pipeline import check_pipeline, load_model, load_scheduler_config, load_tokenizer, write_pipeline
@@ -29,7 +30,9 @@ class PolicySettings:
     lora_rank, lora_alpha: the adapters' update is scaled by alpha / rank; alpha is the rank where it is left out.
     lora_targets: ends of the names of the layers that get adapters; by default the projections of all attention.
     dtype: of the UNet's arithmetic; "bfloat16" is two to three times as fast on a GPU. Trained weights stay float32.
-    vae_dtype: of the autoencoder's; "bfloat16" halves its memory and shifts a decoded image by a grey level here and there.
+    tiny_vae: a small autoencoder (diffusers' AutoencoderTiny, such as madebyollin/taesd@REVISION or a local folder) that decodes the pictures
+        of rollouts, for the reward alone: a fraction of the time and memory. What it does to the reward is measured when a run starts.
+    vae_dtype: of the autoencoders'; "bfloat16" halves its memory and shifts a decoded image by a grey level here and there.
     compile: fuses the UNet's arithmetic by torch.compile, once for each shape and branch: a minute or two at the start, for long runs at few shapes.
     gradient_checkpointing: recomputes activations in the backward pass: less memory, about a third more time.
     prompt_cache: encoded prompts kept on the device; one takes 0.24 MB on SD1.x in float32. 0 keeps none.
@@ -43,6 +46,7 @@ class PolicySettings:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     dtype: Precision = "float32"
     vae_dtype: Precision = "float32"
+    tiny_vae: str | None = None
     compile: bool = False
     gradient_checkpointing: bool = False
     prompt_cache: int = Field(default=4096, ge=0)
@@ -70,6 +74,7 @@ class LatentPolicy:
     scheduler_config: dict[str, Any]
     network: torch.nn.Module
     trained: dict[str, torch.nn.Parameter]
+    tiny_vae: Any = None
     _base: Any = None
     _at_base: bool = False
 
@@ -104,9 +109,11 @@ class LatentPolicy:
 
     def decode(self, x: Tensor) -> Tensor:
         """Images `(B, 3, H, W)` in [0, 1], float32, of the clean latents `x`; differentiable."""
-        scaled = x / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        images: Tensor = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].float()
-        return (images / 2 + 0.5).clamp(0, 1)
+        return _decoded(self.vae, x)
+
+    def sketch(self, x: Tensor) -> Tensor:
+        """As `decode`, but by the tiny autoencoder where there is one: for the reward, not for people or measurements."""
+        return _decoded(self.tiny_vae or self.vae, x)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Clean latents `(B, C, h, w)`, float32: the mean of the autoencoder's posterior, in the scale the UNet knows."""
@@ -165,7 +172,7 @@ class LatentPolicy:
 
 def load_policy(folder: Path, settings: PolicySettings, device: str | torch.device = "cpu") -> LatentPolicy:
     """The policy of a Stable Diffusion folder. Raises UserError for one that is not whole or not supported."""
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, AutoencoderTiny
     from transformers import CLIPTextModel
 
     device = torch.device(device)
@@ -176,6 +183,10 @@ def load_policy(folder: Path, settings: PolicySettings, device: str | torch.devi
     vae = load_model(AutoencoderKL, folder / "vae")
     unet = _trainable_unet(folder, settings)
     _check_fit(folder, unet, vae, text_encoder, tokenizer)
+    tiny = None
+    if settings.tiny_vae is not None:
+        tiny = _decoder(load_model(AutoencoderTiny, resolve_part(settings.tiny_vae)), settings, device)
+        _check_tiny(settings.tiny_vae, tiny, vae)
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet = _placed(unet, settings, device)
@@ -186,13 +197,25 @@ def load_policy(folder: Path, settings: PolicySettings, device: str | torch.devi
         settings=settings,
         device=device,
         unet=unet,
-        vae=vae.to(device, getattr(torch, settings.vae_dtype)),
+        vae=_decoder(vae, settings, device),
         encode=Conditioner(tokenizer, text_encoder, getattr(torch, settings.dtype), settings.prompt_cache),
         sample_shape=_sample_shape(folder, unet, vae, settings.image_size),
         scheduler_config=scheduler_config,
         network=unet,
         trained={name: weight for name, weight in unet.named_parameters() if weight.requires_grad},
+        tiny_vae=tiny,
     )
+
+
+def _decoder(vae: Any, settings: PolicySettings, device: torch.device) -> Any:
+    vae = vae.to(device)
+    return vae if settings.vae_dtype == "float32" else vae.to(dtype=torch.bfloat16)  # to float32, which it is, diffusers would warn
+
+
+def _decoded(vae: Any, x: Tensor) -> Tensor:
+    scaled = x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    images: Tensor = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
+    return (images / 2 + 0.5).clamp(0, 1)
 
 
 def _load_unet(folder: Path) -> Any:
@@ -232,6 +255,13 @@ def _check_fit(folder: Path, unet: Any, vae: Any, text_encoder: Any, tokenizer: 
         raise UserError(f"{folder}: the UNet expects a condition of width {unet.config.cross_attention_dim}, the text encoder gives {text_encoder.config.hidden_size}")
     if len(tokenizer) > text_encoder.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} words, the text encoder knows {text_encoder.config.vocab_size}")
+
+
+def _check_tiny(name: str, tiny: Any, vae: Any) -> None:
+    channels, pixels = tiny.config.latent_channels, 2 ** (len(tiny.config.decoder_block_out_channels) - 1)
+    wanted, side = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    if (channels, pixels) != (wanted, side):
+        raise UserError(f"policy.tiny_vae: {name} decodes {channels} channels to {pixels} pixels per latent cell; the model's latents have {wanted}, and {side} pixels")
 
 
 def _sample_shape(folder: Path, unet: Any, vae: Any, image_size: int | None) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ from safediffusion.files import explained, read_text, write_json, write_text
 from safediffusion.provenance import commit, versions
 
 RECIPE, FACTS, MODEL, RESULTS = "recipe.toml", "run.json", "model", "results.json"
+TINY_VAE = "tiny_vae.json"
 _LOCK = ".lock"
 # What may change when a run is resumed: how long it goes on (upwards only), and what it leaves behind while it does.
 _FREE = ("steps", "log")
