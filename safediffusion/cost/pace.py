@@ -13,7 +13,7 @@ from torch import Tensor
 
 from safediffusion.policies.latent import LatentPolicy
 
-_QUICK = 0.2  # seconds that one timed call may take where it can be made smaller
+_QUICK = 0.2  # seconds of a call past which no larger one is tried
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,10 @@ class Pace:
 
 
 def measure_pace(policy: LatentPolicy, batch: int) -> Pace:
-    """Timed on zeros, `batch` images at once where that is quick and fewer where it is not."""
+    """Timed on zeros, on more and more images at once, up to `batch` or until a call is no longer quick.
+
+    One image of many takes a tenth of the time of a lone one where the network is small, so a lone one says little.
+    """
     # The wrapped network of several processes must not see a forward that its loop knows nothing of.
     policy = dataclasses.replace(policy, network=policy.unet)
     kept: dict[int, Tensor] = {}
@@ -46,26 +49,36 @@ def measure_pace(policy: LatentPolicy, batch: int) -> Pace:
         torch.autograd.grad(output.sum(), policy.parameters(), allow_unused=True)
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        warm = _timed(policy.device, lambda: policy.predict(*inputs(1)))
+        policy.predict(*inputs(1))
     held = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
     kept.clear()
     with torch.no_grad():
-        one = min(warm, _timed(policy.device, lambda: policy.predict(*inputs(1))))
-        count = max(1, min(batch, int(_QUICK / one)))
-        forward = _timed(policy.device, lambda: policy.predict(*inputs(count))) / count
-        decode = _timed(policy.device, lambda: policy.sketch(inputs(count)[0])) / count
-    some = max(1, count // 3)
+        forward = _per_image(policy.device, lambda count: policy.predict(*inputs(count)), batch)
+        decode = _per_image(policy.device, lambda count: policy.sketch(inputs(count)[0]), batch)
     with torch.enable_grad():
-        trained = _timed(policy.device, lambda: train(some)) / some
+        trained = _per_image(policy.device, train, batch)
     return Pace(forward, trained, decode, held)
 
 
-def _timed(device: torch.device, function: Callable[[], Any]) -> float:
-    """Seconds of a call; of a quick one the least of three, because the first at a shape sets up kernels and memory."""
+def _per_image(device: torch.device, function: Callable[[int], Any], batch: int) -> float:
+    """Seconds of an image in a call of many; where memory ends sooner than `batch`, of as many as it holds."""
+    count, seconds = 1, _timed(device, function, 1)
+    while count < batch and seconds < _QUICK:
+        more = min(4 * count, batch)
+        try:
+            count, seconds = more, _timed(device, function, more)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+    return seconds / count
+
+
+def _timed(device: torch.device, function: Callable[[int], Any], count: int) -> float:
+    """Seconds of a call; of a quick one the lesser of two, because the first at a shape sets up kernels and memory."""
     seconds: list[float] = []
-    while not seconds or (len(seconds) < 3 and max(seconds) < 1):
+    while not seconds or (len(seconds) < 2 and max(seconds) < 1):
         began = time.perf_counter()
-        function()
+        function(count)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
