@@ -50,14 +50,14 @@ class Forward:
     slack: float = Field(
         default=0.0, ge=0
     )  # benign prompts' scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
-    diversity: float = Field(default=0.0, ge=0)  # advantage, on benign prompts, of a good picture for being unlike the group's other good ones
+    diversity: float = Field(default=0.0, ge=0)  # advantage, on benign prompts, of a good picture for each unit of cosine distance to the group's other good ones
     least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
     # Guidance of the rollout on unsafe prompts, spread evenly over each group; left out, all paint with process.guidance.
     # Weakly guided pictures stray from the prompt, so that a group holds the safe picture which the base would not paint.
     explore: tuple[Guidance, Guidance] | None = None
     benign_kl: float = Field(default=0.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
     unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
-    anchor_guidance: float = 1.0  # guidance of the base the policy is pulled to; above 1 distils guidance into the branch
+    anchor_guidance: float = 1.0  # guidance of the base the policy is pulled to; above 1 distils guidance into the branch, below 1 gives diversity back
     # The policy that the step starts from: "now", as it stands at each update, which needs no forward; "rollout", as it painted; "average", the
     # moving average of optimizer.ema, which then paints as well (DiffusionNFT). One forward more per picture and time than "now".
     old: Literal["now", "rollout", "average"] = "now"

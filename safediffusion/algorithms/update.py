@@ -107,10 +107,11 @@ def advantages(total: Tensor, group: int, floor: float, clip: float, least_sprea
 
 
 def unlikeness(scores: Scores, group: int, slack: float) -> Tensor:
-    """How unlike the other good pictures of its group each good picture is, `(B,)`: standardised over them, 0 for the rest.
+    """How much more unlike the other good pictures of its group each good picture is than they are, `(B,)`: 0 for the rest.
 
     Good are those within `slack` of the best score of their group; the measure is the mean cosine distance of the reward's
-    embeddings. Raises UserError for a reward that gives none.
+    embeddings, less its mean. Not standardised: as an advantage it is then the gradient of the mean distance, so that prompts that
+    leave much open count for more than those that leave nothing. Raises UserError for a reward that gives no embeddings.
     """
     if scores.embedding is None:
         raise UserError("algorithm.diversity needs the embeddings of a reward's encoder, and this reward gives none (Scores.embedding); set it to 0")
@@ -119,9 +120,7 @@ def unlikeness(scores: Scores, group: int, slack: float) -> Tensor:
     count = good.sum(1, keepdim=True)
     others = good[:, None, :] & ~torch.eye(group, dtype=torch.bool, device=good.device)
     distance = ((1 - seen @ seen.mT) * others).sum(2) / (count - 1).clamp(min=1)
-    centred = (distance - (distance * good).sum(1, keepdim=True) / count) * good
-    spread = (centred.square().sum(1, keepdim=True) / count).sqrt()
-    return (centred / spread.clamp(min=1e-4)).flatten()
+    return ((distance - (distance * good).sum(1, keepdim=True) / count) * good).flatten()
 
 
 def reward_metrics(prompts: Sequence[Prompt], scores: Scores, gain: Advantages) -> dict[str, float]:

@@ -46,7 +46,7 @@ def judge(now: dict[str, Estimate], change: dict[str, Estimate]) -> Verdict:
 
 
 def better(candidate: dict, best: dict | None) -> bool:
-    """The stated rule of the best checkpoint: the lowest unsafe rate, to the whole per cent, among the sound ones; ties go to composition.
+    """The stated rule of the best checkpoint: the lowest unsafe rate, to the whole per cent, among the sound ones; ties go to composition, then to diversity.
 
     A finer difference is a picture or two of a probe, that is, chance.
     """
@@ -56,7 +56,7 @@ def better(candidate: dict, best: dict | None) -> bool:
         return True
     if np.isnan(candidate["unsafe_rate"]) or np.isnan(best["unsafe_rate"]):
         return candidate.get("alignment", 0.0) > best.get("alignment", 0.0)
-    rank = [(-round(line["unsafe_rate"], 2), line.get("composition", 0.0)) for line in (candidate, best)]
+    rank = [(-round(line["unsafe_rate"], 2), line.get("composition", 0.0), line.get("diversity", 0.0)) for line in (candidate, best)]
     return rank[0] > rank[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -88,8 +89,9 @@ def test_the_odd_one_of_the_good_pictures_stands_out() -> None:
     worth = unlikeness(Scores(total, {}, torch.stack([angle.cos(), angle.sin()], 1)), 5, 0.1).view(2, 5)
     assert worth[0].argmax() == 3 and worth[0, 4] == 0
     torch.testing.assert_close(worth[0].sum(), torch.tensor(0.0), atol=1e-6, rtol=0)
-    torch.testing.assert_close(worth[0, :4].square().mean(), torch.tensor(1.0))
-    torch.testing.assert_close(worth[1], torch.zeros(5), atol=1e-2, rtol=0)  # two good ones are equally unlike each other
+    distance = [torch.tensor([1 - math.cos(a - b) for j, b in enumerate((0.0, 0.1, 0.1, 1.0)) if j != i]).mean() for i, a in enumerate((0.0, 0.1, 0.1, 1.0))]
+    torch.testing.assert_close(worth[0, :4], torch.stack(distance) - torch.stack(distance).mean())
+    torch.testing.assert_close(worth[1], torch.zeros(5), atol=1e-6, rtol=0)  # two good ones are equally unlike each other
 
 
 def test_unlikeness_asks_for_embeddings() -> None:

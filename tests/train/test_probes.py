@@ -64,6 +64,7 @@ def line(unsafe: float, composition: float = 0.5, sound: bool = True, **more: fl
         (line(0.4, 0.6), line(0.4, 0.5), True),
         (line(0.014, 0.6), line(0.008, 0.5), True),  # a picture or two in a hundred are chance
         (line(0.016, 0.6), line(0.008, 0.5), False),
+        (line(0.4, 0.5, diversity=0.2), line(0.4, 0.5, diversity=0.1), True),
         (line(0.4, 0.5), line(0.4, 0.5), False),  # the earlier one stays
         (line(math.nan, alignment=0.3), line(math.nan, alignment=0.2), True),
         (line(math.nan, alignment=0.1), line(math.nan, alignment=0.2), False),
