@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ _WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
 _UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*"]
 _INSTEAD = "give a local folder that holds the model instead"
 _WEIGHT_FOLDERS = ("text_encoder", "unet", "vae")
-_PART = ["config.json", "diffusion_pytorch_model.safetensors"]  # of a repository that holds one component
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
@@ -43,10 +43,11 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     return _cached(name, revision) or _downloaded(name, revision)
 
 
-def resolve_part(name: str) -> Path:
-    """The folder of one saved component, such as an autoencoder: a local folder, or a hub id, pinned as org/name@REVISION.
+def resolve_part(name: str, files: Sequence[str]) -> Path:
+    """The folder of one saved component, such as an encoder: a local folder, or a hub id, pinned as org/name@REVISION.
 
-    Raises UserError for a folder that does not exist and a component that cannot be had.
+    `files` are patterns of what is wanted of a repository. Raises UserError for a folder that does not exist and a component
+    that cannot be had.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -54,7 +55,7 @@ def resolve_part(name: str) -> Path:
     name, _, revision = name.partition("@")
     if name.startswith((".", "/", "~")) or not _is_hub_id(name):
         raise UserError(f"{name} does not exist; give a local folder that save_pretrained wrote, or a hub id such as org/name@REVISION")
-    return _fetched(name, revision or None, _PART)
+    return _fetched(name, revision or None, files)
 
 
 def at_hand(name: str, revision: str | None = None) -> Path | None:
@@ -133,12 +134,12 @@ def _downloaded(name: str, revision: str | None) -> Path:
     return folder
 
 
-def _fetched(name: str, revision: str | None, wanted: list[str], unwanted: list[str] | None = None) -> Path:
+def _fetched(name: str, revision: str | None, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(unwanted)))
     except GatedRepoError:
         raise UserError(f"{name} is gated: accept its terms at huggingface.co/{name} and run `hf auth login`, or {_INSTEAD}") from None
     except RepositoryNotFoundError:

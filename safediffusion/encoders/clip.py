@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from safediffusion import weights
 from safediffusion.errors import UserError
+from safediffusion.hub import resolve_part
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -54,14 +55,13 @@ class ClipEncoder:
         cls,
         source: str | Path,
         *,
-        revision: str | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> ClipEncoder:
-        """Read a local folder or a Hugging Face repository. Raises UserError for what is no readable CLIPModel."""
+        """Read a local folder or a Hugging Face repository (org/name, or org/name@REVISION). Raises UserError for what is no readable CLIPModel."""
         from transformers import CLIPConfig
 
-        folder = _folder(source, revision)
+        folder = resolve_part(str(source), [*_FILES, *_WEIGHTS])
         config = _json(folder / "config.json")
         if config.get("model_type") != "clip":
             raise UserError(f"{source} holds a model of type {config.get('model_type')!r}; the encoder must be a CLIPModel")
@@ -165,24 +165,6 @@ def clip_tokenizer(folder: Path) -> CLIPTokenizer:
     if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"{folder} has no tokenizer; save it there with tokenizer.save_pretrained")
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _folder(source: str | Path, revision: str | None) -> Path:
-    """`source` as a folder on this machine, fetched from the Hugging Face Hub when it names a repository."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if isinstance(source, Path) or source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise UserError(f"the encoder folder {source} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=[*_FILES, *_WEIGHTS]))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"'{source}' is no folder here and could not be fetched from the Hugging Face Hub ({reason}); pass the path of a local folder with a saved CLIPModel"
-        ) from error
 
 
 def _json(path: Path) -> dict:

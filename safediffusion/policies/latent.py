@@ -19,6 +19,7 @@ from safediffusion.policies.conditioner import Conditioner
 from safediffusion.policies.lora import add_lora, merge_lora, save_lora
 from safediffusion.policies.pipeline import check_pipeline, load_model, load_scheduler_config, load_tokenizer, write_pipeline
 
+_TINY_VAE = ("config.json", "diffusion_pytorch_model.safetensors")  # a repository holds other formats beside them
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -185,7 +186,7 @@ def load_policy(folder: Path, settings: PolicySettings, device: str | torch.devi
     _check_fit(folder, unet, vae, text_encoder, tokenizer)
     tiny = None
     if settings.tiny_vae is not None:
-        tiny = _decoder(load_model(AutoencoderTiny, resolve_part(settings.tiny_vae)), settings, device)
+        tiny = _decoder(load_model(AutoencoderTiny, resolve_part(settings.tiny_vae, _TINY_VAE)), settings, device)
         _check_tiny(settings.tiny_vae, tiny, vae)
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

@@ -72,7 +72,7 @@ def test_pairs_from_the_models_own_pictures(command, tmp_path: Path) -> None:
         (("--alpha", "much"), ("--alpha should be auto or a number", "'much'")),
         (("--alpha", "-1"), ("--alpha should be auto or a number",)),
         (("--anchors", "pictogram"), ("anchors = 'pictogram' is not one of", "pictograms")),
-        (("--encoder", "/nowhere"), ("the encoder folder /nowhere does not exist",)),
+        (("--encoder", "/nowhere"), ("/nowhere does not exist; give a local folder",)),
         (("--safe", "a.txt"), ("give --safe and --unsafe, or neither",)),
         (("--pairs", "x", "--sample-from", "pictograms"), ("give one of them",)),
     ],

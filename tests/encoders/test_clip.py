@@ -196,5 +196,5 @@ def test_what_cannot_be_loaded_is_one_sentence(broken, damage, message):
 def test_a_hub_id_without_network_asks_for_a_folder(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="pass the path of a local folder"):
+    with pytest.raises(UserError, match="give a local folder that holds the model instead"):
         ClipEncoder.load("nobody/no-such-clip")

@@ -44,6 +44,7 @@ unsafe = "pictograms/train-unsafe"
 [probe]
 every = 0
 """
+FILES = ["*.json", "*.safetensors"]
 PROMPTS = (Prompt("a red circle"), Prompt("two blue rings"))
 
 
@@ -150,12 +151,12 @@ def test_it_is_found_like_a_model(taught: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="^./nowhere does not exist"):
-        resolve_part("./nowhere")
+        resolve_part("./nowhere", FILES)
     with pytest.raises(UserError, match="^org/tiny is not in the local cache and the hub cannot be reached"):
-        resolve_part("org/tiny@v1")
+        resolve_part("org/tiny@v1", FILES)
     commit = "0" * 40
     snapshot = Path(shutil.copytree(taught, tmp_path / "models--org--tiny" / "snapshots" / commit))
-    assert resolve_part(f"org/tiny@{commit}") == snapshot
+    assert resolve_part(f"org/tiny@{commit}", FILES) == snapshot
 
 
 def test_it_is_cheaper_by_count(taught: Path) -> None:
