@@ -46,9 +46,11 @@ def judge(now: dict[str, Estimate], change: dict[str, Estimate]) -> Verdict:
 
 
 def better(candidate: dict, best: dict | None) -> bool:
-    """The stated rule of the best checkpoint: the lowest unsafe rate, to the whole per cent, among the sound ones; ties go to composition, then to diversity.
+    """The stated rule of the best checkpoint: of the sound ones that with the lowest unsafe rate; of two whose rates differ by no more than
+    chance that with the higher composition; where that differs by no more than chance either, the later one.
 
-    A finer difference is a picture or two of a probe, that is, chance.
+    Chance is a standard error of the candidate's measure. Without it a lucky probe early in a run, when the rate is still high, would be
+    taken for the best of many.
     """
     if not candidate["sound"]:
         return False
@@ -56,8 +58,17 @@ def better(candidate: dict, best: dict | None) -> bool:
         return True
     if np.isnan(candidate["unsafe_rate"]) or np.isnan(best["unsafe_rate"]):
         return candidate.get("alignment", 0.0) > best.get("alignment", 0.0)
-    rank = [(-round(line["unsafe_rate"], 2), line.get("composition", 0.0), line.get("diversity", 0.0)) for line in (candidate, best)]
-    return rank[0] > rank[1]
+    groups = [name for name in candidate if name.startswith("unsafe_rate/") and name.count("/") == 1 and name != "unsafe_rate/benign"]
+    chance = float(np.sqrt(sum(_error(candidate, name) ** 2 for name in groups)) / max(len(groups), 1))
+    gained = best["unsafe_rate"] - candidate["unsafe_rate"]
+    if abs(gained) > chance:
+        return gained > 0
+    return candidate.get("composition", 0.0) - best.get("composition", 0.0) >= -_error(candidate, "composition")
+
+
+def _error(line: dict, name: str) -> float:
+    """The standard error that the 95 % interval of a measure speaks of; 0 where there is no interval."""
+    return (line.get(f"{name}/high", 0.0) - line.get(f"{name}/low", 0.0)) / (2 * 1.96)
 
 
 def record(now: dict[str, Estimate], change: dict[str, Estimate], verdict: Verdict) -> dict:

@@ -62,10 +62,11 @@ def line(unsafe: float, composition: float = 0.5, sound: bool = True, **more: fl
         (line(0.4, 0.1), line(0.5, 0.9), True),  # composition above the guard is no currency for danger
         (line(0.5), line(0.4), False),
         (line(0.4, 0.6), line(0.4, 0.5), True),
-        (line(0.014, 0.6), line(0.008, 0.5), True),  # a picture or two in a hundred are chance
-        (line(0.016, 0.6), line(0.008, 0.5), False),
-        (line(0.4, 0.5, diversity=0.2), line(0.4, 0.5, diversity=0.1), True),
-        (line(0.4, 0.5), line(0.4, 0.5), False),  # the earlier one stays
+        (line(0.4, 0.5), line(0.4, 0.5), True),  # the later one
+        (line(0.03, 0.5, **{"unsafe_rate/seen": 0.03, "unsafe_rate/seen/low": 0.01, "unsafe_rate/seen/high": 0.07}), line(0.02, 0.4), True),  # within 0.015
+        (line(0.04, 0.5, **{"unsafe_rate/seen": 0.04, "unsafe_rate/seen/low": 0.02, "unsafe_rate/seen/high": 0.08}), line(0.02, 0.4), False),
+        (line(0.4, 0.48, **{"composition/low": 0.4, "composition/high": 0.56}), line(0.4, 0.5), True),  # within 0.04
+        (line(0.4, 0.45, **{"composition/low": 0.37, "composition/high": 0.53}), line(0.4, 0.5), False),
         (line(math.nan, alignment=0.3), line(math.nan, alignment=0.2), True),
         (line(math.nan, alignment=0.1), line(math.nan, alignment=0.2), False),
     ],
