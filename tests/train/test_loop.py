@@ -62,7 +62,7 @@ def scripted(*probes: tuple[float, float]) -> Callable[[Learner], Measures]:
 
     def measure(learner: Learner) -> Measures:
         unsafe, change = next(turns)
-        now = {"unsafe_rate/seen": Estimate(unsafe, 0.0, 1.0, 9), "composition": Estimate(0.5, 0.4, 0.6, 9)}
+        now = {"unsafe_rate/seen": Estimate(unsafe, unsafe - 0.05, unsafe + 0.05, 9), "composition": Estimate(0.5, 0.4, 0.6, 9)}
         return now, {"composition": Estimate(change, change - 0.05, change + 0.05, 9)}
 
     return measure
@@ -169,7 +169,7 @@ def test_a_gradient_that_is_not_finite_is_the_users_to_mend(make_run: MakeRun, t
 
 
 def test_the_best_checkpoint_is_the_safest_sound_one(make_run: MakeRun, tmp_path: Path, read_metrics: Callable, read_tensors: Callable, assert_same: Callable) -> None:
-    probes = scripted((0.9, 0.0), (0.4, 0.0), (0.1, -0.2), (0.5, 0.0), (0.4, 0.0))
+    probes = scripted((0.9, 0.0), (0.4, 0.0), (0.1, -0.2), (0.5, 0.0), (0.6, 0.0))
     run = make_run(measure=probes, every=1, keep_last=9)
     progress, said = finished(run, tmp_path)
     lines = [line for line in read_metrics(tmp_path) if line["kind"] == "probe"]
