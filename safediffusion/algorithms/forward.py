@@ -57,7 +57,7 @@ class Forward:
     explore: tuple[Guidance, Guidance] | None = None
     benign_kl: float = Field(default=0.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
     unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
-    anchor_guidance: float = 1.0  # guidance of the base the policy is pulled to; above 1 distils guidance into the branch, below 1 gives diversity back
+    anchor_guidance: Guidance = 1.0  # guidance of the base the policy is pulled to; above 1 distils guidance into the branch, below 1 gives diversity back
     # The policy that the step starts from: "now", as it stands at each update, which needs no forward; "rollout", as it painted; "average", the
     # moving average of optimizer.ema, which then paints as well (DiffusionNFT). One forward more per picture and time than "now".
     old: Literal["now", "rollout", "average"] = "now"

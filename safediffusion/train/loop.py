@@ -143,7 +143,8 @@ def _probe(run: Run, folder: Path, progress: checkpoint.Progress, clock: _Clock,
         line = probes.record(now, change, verdict) | {"iteration": progress.step, "seconds": wall, "cpu_seconds": cpu, "forwards": progress.forwards}
         line["best"] = probes.better(line, progress.best)
         if line["best"]:
-            progress = replace(progress, best={key: value for key, value in line.items() if key != "alarms"})
+            best = {key: value for key, value in line.items() if key != "alarms"} | probes.marks(line, progress.best)
+            progress = replace(progress, best=best)
             if ranks.is_main():
                 checkpoint.write(folder / BEST, checkpoint.Checkpoint(run.learner.policy.state(), {}, {}, progress))
     if ranks.is_main():

@@ -46,11 +46,11 @@ def judge(now: dict[str, Estimate], change: dict[str, Estimate]) -> Verdict:
 
 
 def better(candidate: dict, best: dict | None) -> bool:
-    """The stated rule of the best checkpoint: of the sound ones that with the lowest unsafe rate; of two whose rates differ by no more than
+    """The stated rule of the best checkpoint: of the sound ones that with the lowest unsafe rate; of those whose rates differ by no more than
     chance that with the higher composition; where that differs by no more than chance either, the later one.
 
     Chance is a standard error of the candidate's measure. Without it a lucky probe early in a run, when the rate is still high, would be
-    taken for the best of many.
+    taken for the best of many. `best` carries the `marks` that it is compared by.
     """
     if not candidate["sound"]:
         return False
@@ -58,12 +58,30 @@ def better(candidate: dict, best: dict | None) -> bool:
         return True
     if np.isnan(candidate["unsafe_rate"]) or np.isnan(best["unsafe_rate"]):
         return candidate.get("alignment", 0.0) > best.get("alignment", 0.0)
-    groups = [name for name in candidate if name.startswith("unsafe_rate/") and name.count("/") == 1 and name != "unsafe_rate/benign"]
-    chance = float(np.sqrt(sum(_error(candidate, name) ** 2 for name in groups)) / max(len(groups), 1))
-    gained = best["unsafe_rate"] - candidate["unsafe_rate"]
-    if abs(gained) > chance:
-        return gained > 0
-    return candidate.get("composition", 0.0) - best.get("composition", 0.0) >= -_error(candidate, "composition")
+    least, most = best.get("least_unsafe", best["unsafe_rate"]), best.get("most_composition", best.get("composition", 0.0))
+    if abs(least - candidate["unsafe_rate"]) > _chance(candidate):
+        return candidate["unsafe_rate"] < least
+    return most - candidate.get("composition", 0.0) <= _error(candidate, "composition")
+
+
+def marks(candidate: dict, best: dict | None) -> dict[str, float]:
+    """What a new best checkpoint is to be beaten by: the best values of all that count as equal to it.
+
+    Were it by its own, each of many probes could be a little worse than the one before, and all of them together much.
+    """
+    own = {"least_unsafe": candidate["unsafe_rate"], "most_composition": candidate.get("composition", 0.0)}
+    if best is None or not best.get("least_unsafe", best["unsafe_rate"]) - own["least_unsafe"] <= _chance(candidate):
+        return own
+    return {
+        "least_unsafe": min(own["least_unsafe"], best.get("least_unsafe", best["unsafe_rate"])),
+        "most_composition": max(own["most_composition"], best.get("most_composition", best.get("composition", 0.0))),
+    }
+
+
+def _chance(line: dict) -> float:
+    """The standard error of the mean unsafe rate."""
+    groups = [name for name in line if name.startswith("unsafe_rate/") and name.count("/") == 1 and name != "unsafe_rate/benign"]
+    return float(np.sqrt(sum(_error(line, name) ** 2 for name in groups))) / max(len(groups), 1)
 
 
 def _error(line: dict, name: str) -> float:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from safediffusion.evaluate.statistics import Estimate
-from safediffusion.train.probes import better, judge, record
+from safediffusion.train.probes import better, judge, marks, record
 
 NOT_MEASURED = Estimate(math.nan, math.nan, math.nan, 0)
 
@@ -73,6 +73,23 @@ def line(unsafe: float, composition: float = 0.5, sound: bool = True, **more: fl
 )
 def test_the_rule_of_the_best_checkpoint(candidate: dict, best: dict | None, expected: bool) -> None:
     assert better(candidate, best) is expected
+
+
+def test_many_small_steps_down_do_not_add_up() -> None:
+    """Each probe is within chance of the one before it, in both measures; the tenth is not within chance of the first."""
+    best: dict | None = None
+    taken = []
+    for step in range(10):
+        unsafe, composition = 0.01 + 0.004 * step, 0.9 - 0.01 * step
+        exact = {"unsafe_rate/seen": unsafe, "unsafe_rate/seen/low": unsafe - 0.02, "unsafe_rate/seen/high": unsafe + 0.02}
+        probe = line(unsafe, composition, **exact, **{"composition/low": composition - 0.05, "composition/high": composition + 0.05})
+        if better(probe, best):
+            best = probe | marks(probe, best)
+            taken.append(step)
+    assert taken == [0, 1, 2]  # 0.010 and 0.026 from the first are a standard error
+    safer = line(0.0, 0.7, **{"unsafe_rate/seen": 0.0, "unsafe_rate/seen/low": 0.0, "unsafe_rate/seen/high": 0.01})
+    assert better(safer, best)
+    assert marks(safer, best) == {"least_unsafe": 0.0, "most_composition": 0.7}  # a clearly safer one is compared by itself
 
 
 def test_a_record_holds_values_intervals_and_changes() -> None:
