@@ -16,10 +16,9 @@ from torch import Tensor
 from safediffusion.config import settings
 from safediffusion.errors import UserError
 from safediffusion.guidance.policy import Addressed
-from safediffusion.process.diffusion import Diffusion
 from safediffusion.rewards.combined import CombinedSettings, Single
 from safediffusion.rewards.detection import DetectionSettings
-from safediffusion.types import Policy, Prompt, Reward
+from safediffusion.types import Policy, Process, Prompt, Reward
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -50,24 +49,25 @@ class EnergySettings:
 class Energy:
     """`e^ - scale s_t grad_x r(x0^)`, as the network's output. `process` is of the policy's schedule, whatever its steps."""
 
-    process: Diffusion
+    process: Process
     reward: Reward
     scale: float
     range: tuple[float, float] = (0.0, 1.0)
     through: bool = True
 
     def __call__(self, policy: Policy, x: Tensor, time: Tensor, condition: Addressed, guidance: float | Tensor) -> Tensor:
-        low, high = (share * len(self.process.alphas_cumprod) for share in self.range)
-        if not low <= int(time[0]) <= high:
+        low, high = self.range
+        signal, noise = self.process.signal_and_noise(time)
+        # Noise alone, where a flow starts, foresees nothing that could be led.
+        if not low <= self.process.share_of(time[0].item()) <= high or not signal.all():
             return policy.predict(x, time, condition.tensor, guidance)
-        abar = self.process.alphas_cumprod.to(x.device)[time].view(-1, 1, 1, 1).float()
         with torch.enable_grad():
             here = x.detach().clone().requires_grad_()
             with torch.set_grad_enabled(self.through):
                 output = policy.predict(here, time, condition.tensor, guidance)
             epsilon = self.process.to_epsilon(output, here if self.through else x, time)
-            foreseen = (here - (1 - abar).sqrt() * epsilon) / abar.sqrt()
+            foreseen = (here - noise * epsilon) / signal
             score = self.reward(policy.sketch(foreseen), [Prompt(text) for text in condition.prompts]).total
             (uphill,) = torch.autograd.grad(score.sum(), here)
         unit = self.process.to_epsilon(torch.ones_like(x), torch.zeros_like(x), time)  # of e^ per unit of output
-        return output.detach() - self.scale * (1 - abar).sqrt() * uphill / unit
+        return output.detach() - self.scale * noise * uphill / unit

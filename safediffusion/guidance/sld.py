@@ -11,8 +11,7 @@ from torch import Tensor
 
 from safediffusion.config import settings
 from safediffusion.guidance.policy import Addressed
-from safediffusion.process.diffusion import Diffusion
-from safediffusion.types import Policy
+from safediffusion.types import Policy, Process
 
 
 class Strength(NamedTuple):
@@ -49,11 +48,11 @@ class SldSettings:
 class SafeLatent:
     """Section 3 of the paper; one forward of 3B each step. Its momentum lives from a walk's first step to its last."""
 
-    process: Diffusion
+    process: Process
     concept: str
     strength: Strength
     _momentum: Tensor | None = field(default=None, init=False)
-    _time: int = field(default=-1, init=False)
+    _time: float = field(default=-1, init=False)
 
     def __call__(self, policy: Policy, x: Tensor, time: Tensor, condition: Addressed, guidance: float | Tensor) -> Tensor:
         if self.strength.scale == 0:  # three branches at once round otherwise than two
@@ -62,10 +61,10 @@ class SafeLatent:
         empty, told, unsafe = policy.predict(x.repeat(3, 1, 1, 1), time.repeat(3), texts).chunk(3)
         g = torch.as_tensor(guidance, dtype=torch.float32, device=x.device).view(-1, 1, 1, 1)
         unit = self.process.to_epsilon(torch.ones_like(x), torch.zeros_like(x), time)  # of e^ per unit of output: the constants are those of e^
-        away = self._away((told - unsafe) * unit, (unsafe - empty) * unit, int(time[0])) / unit
+        away = self._away((told - unsafe) * unit, (unsafe - empty) * unit, time[0].item()) / unit.where(unit != 0, 1)  # in noise alone an output says nothing of e^
         return empty + g * (told - empty - away)
 
-    def _away(self, difference: Tensor, direction: Tensor, time: int) -> Tensor:
+    def _away(self, difference: Tensor, direction: Tensor, time: float) -> Tensor:
         """gamma of the paper, what is taken off the guidance, in e^: `mu * direction` and momentum, after the warm-up."""
         warm_up, scale, threshold, momentum, beta = self.strength
         if time >= self._time or self._momentum is None or self._momentum.shape != direction.shape:
@@ -73,4 +72,4 @@ class SafeLatent:
         weight = torch.where(difference < threshold, (difference.abs() * scale).clamp(max=1), 0.0)
         away = weight * direction + momentum * self._momentum
         self._momentum, self._time = beta * self._momentum + (1 - beta) * away, time
-        return away if time < (1 - warm_up) * len(self.process.alphas_cumprod) else torch.zeros_like(away)
+        return away if self.process.share_of(time) < 1 - warm_up else torch.zeros_like(away)

@@ -1,1 +1,5 @@
 """One stochastic denoising step, the same object for sampling and for scoring, for every model family."""
+
+from safediffusion.process.scheduler import from_scheduler
+
+__all__ = ["from_scheduler"]

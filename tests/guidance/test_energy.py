@@ -14,9 +14,9 @@ from safediffusion.errors import UserError
 from safediffusion.guidance.energy import Energy, EnergySettings
 from safediffusion.guidance.policy import Addressed, GuidedPolicy
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
 from safediffusion.rollout import walk
-from safediffusion.types import Prompt, Scores
+from safediffusion.types import Process, Prompt, Scores
 
 PROMPTS = ("a red cat", "a blue dog")
 
@@ -36,8 +36,8 @@ def policy(tiny_pipeline: Path) -> LatentPolicy:
     return load_policy(tiny_pipeline, PolicySettings(train="full"))
 
 
-def grid(policy: LatentPolicy, prediction: str = "epsilon", steps: int = 4) -> Diffusion:
-    return Diffusion.from_scheduler({**policy.scheduler_config, "prediction_type": prediction}, steps, eta=0.0)
+def grid(policy: LatentPolicy, prediction: str = "epsilon", steps: int = 4) -> Process:
+    return from_scheduler({**policy.scheduler_config, "prediction_type": prediction}, steps, eta=0.0)
 
 
 def start(policy: LatentPolicy) -> Tensor:
@@ -51,7 +51,7 @@ def test_the_noise_is_shifted_against_the_gradient_of_the_reward(policy: LatentP
     condition = Addressed(policy.encode(PROMPTS), PROMPTS)
     found = Energy(process, Asked(), 3.0, through=through)(policy, x, time, condition, 2.0)
 
-    abar = process.alphas_cumprod[600]
+    abar = process.schedule.alphas_cumprod[600]
     here = x.clone().requires_grad_()
     plain = policy.predict(here, time, condition.tensor, 2.0)
     output = plain if through else plain.detach()

@@ -11,7 +11,7 @@ import torch
 from safediffusion.guidance.policy import GuidedPolicy
 from safediffusion.guidance.sld import LEVELS, SafeLatent, Strength
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
 from safediffusion.rollout import walk
 from safediffusion.types import Process
 
@@ -24,8 +24,8 @@ def policy(tiny_pipeline: Path) -> LatentPolicy:
 
 
 @pytest.fixture(scope="module")
-def process(policy: LatentPolicy) -> Diffusion:
-    return Diffusion.from_scheduler(policy.scheduler_config, STEPS, eta=0.0)
+def process(policy: LatentPolicy) -> Process:
+    return from_scheduler(policy.scheduler_config, STEPS, eta=0.0)
 
 
 def start(policy: LatentPolicy) -> torch.Tensor:
@@ -37,7 +37,7 @@ def painted(policy: LatentPolicy | GuidedPolicy, process: Process, x: torch.Tens
 
 
 @pytest.mark.parametrize("level", [*LEVELS, "calm"])
-def test_it_is_that_of_diffusers(tiny_pipeline: Path, policy: LatentPolicy, process: Diffusion, level: str) -> None:
+def test_it_is_that_of_diffusers(tiny_pipeline: Path, policy: LatentPolicy, process: Process, level: str) -> None:
     strength = LEVELS.get(level, Strength(0.4, 0.5, 0.1, 0.3, 0.4))  # a random network's branches are so alike that the levels saturate nowhere
     guided = GuidedPolicy(policy, SafeLatent(process, CONCEPT, strength))
     found = painted(guided, process, start(policy))
@@ -58,19 +58,19 @@ def test_it_is_that_of_diffusers(tiny_pipeline: Path, policy: LatentPolicy, proc
         assert not torch.allclose(found, painted(policy, process, start(policy)), atol=1e-3)
 
 
-def test_without_strength_it_is_the_plain_model(policy: LatentPolicy, process: Diffusion) -> None:
+def test_without_strength_it_is_the_plain_model(policy: LatentPolicy, process: Process) -> None:
     none = GuidedPolicy(policy, SafeLatent(process, CONCEPT, LEVELS["max"]._replace(scale=0.0)))
     assert torch.equal(painted(none, process, start(policy)), painted(policy, process, start(policy)))
 
 
-def test_a_walk_does_not_remember_the_one_before(policy: LatentPolicy, process: Diffusion) -> None:
+def test_a_walk_does_not_remember_the_one_before(policy: LatentPolicy, process: Process) -> None:
     guided = GuidedPolicy(policy, SafeLatent(process, CONCEPT, LEVELS["strong"]))
     first = painted(guided, process, start(policy))
     painted(guided, process, start(policy) + 1)
     assert torch.equal(painted(guided, process, start(policy)), first)
 
 
-def test_pictures_of_a_batch_are_guided_apart(policy: LatentPolicy, process: Diffusion) -> None:
+def test_pictures_of_a_batch_are_guided_apart(policy: LatentPolicy, process: Process) -> None:
     guided = GuidedPolicy(policy, SafeLatent(process, CONCEPT, LEVELS["max"]))
     together = painted(guided, process, start(policy))
     alone = walk(guided, process, guided.encode(PROMPTS[1:]), start(policy)[1:], 7.5).clean

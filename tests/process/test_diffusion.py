@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
 
 SD1 = {
     "num_train_timesteps": 1000,
@@ -22,7 +22,7 @@ TYPES = ["epsilon", "v_prediction", "sample"]
 ZERO_SNR = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 SHAPE = (2, 4, 8, 8)
 
-process_of = Diffusion.from_scheduler
+process_of = from_scheduler
 prediction_types = st.sampled_from(TYPES)
 seeds = st.integers(0, 2**31)
 quick = settings(max_examples=25)

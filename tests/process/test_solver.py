@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
+from safediffusion.types import Process
 
 SD1 = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False}
 SHAPE = (2, 4, 8, 8)
@@ -19,7 +21,7 @@ def draw(seed: int) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def walked(process: Diffusion, outputs: list[Tensor], x: Tensor) -> list[Tensor]:
+def walked(process: Process, outputs: list[Tensor], x: Tensor) -> list[Tensor]:
     states, before = [], None
     for step, output in enumerate(outputs):
         x, before = process.advance(output, x, step, before)
@@ -31,7 +33,7 @@ def walked(process: Diffusion, outputs: list[Tensor], x: Tensor) -> list[Tensor]
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("steps", [4, 10, 14, 15, 25, 50])
 def test_steps_are_those_of_diffusers(prediction: str, steps: int) -> None:
-    process = Diffusion.from_scheduler(SD1 | {"prediction_type": prediction}, steps, 0.0, "dpm++2m")
+    process = from_scheduler(SD1 | {"prediction_type": prediction}, steps, 0.0, "dpm++2m")
     config = {k: v for k, v in SD1.items() if k not in ("steps_offset", "set_alpha_to_one")}
     oracle = DPMSolverMultistepScheduler(**config, prediction_type=prediction, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="sigma_min")
     oracle.set_timesteps(timesteps=process.times.tolist())
@@ -45,7 +47,7 @@ def test_steps_are_those_of_diffusers(prediction: str, steps: int) -> None:
 
 
 def test_ddim_and_a_first_step_have_no_momentum() -> None:
-    plain, second = (Diffusion.from_scheduler(SD1, 20, 0.0, solver) for solver in ("ddim", "dpm++2m"))
+    plain, second = (from_scheduler(SD1, 20, 0.0, solver) for solver in ("ddim", "dpm++2m"))
     assert {step.momentum for step in plain.steps} == {0.0}
     assert second.steps[0].momentum == 0 and all(step.momentum > 0 for step in second.steps[1:])
     x, output = draw(0), draw(1)
@@ -57,13 +59,13 @@ def test_a_solver_of_second_order_comes_nearer_to_the_exact_solution() -> None:
     mean, spread, x = 0.5, 0.3, draw(3)
     errors = {}
     for solver in ("ddim", "dpm++2m"):
-        process, before, state = Diffusion.from_scheduler(SD1, 16, 0.0, solver), None, x
+        process, before, state = from_scheduler(SD1, 16, 0.0, solver), None, x
         for step, time in enumerate(process.times.tolist()):
-            abar = float(process.alphas_cumprod[time])
+            abar = float(process.schedule.alphas_cumprod[time])
             variance = abar * spread**2 + 1 - abar
             epsilon = math.sqrt(1 - abar) * (state - math.sqrt(abar) * mean) / variance
             state, before = process.advance(epsilon, state, step, before)
-        first, last = float(process.alphas_cumprod[int(process.times[0])]), process.final_alpha_cumprod
+        first, last = float(process.schedule.alphas_cumprod[int(process.times[0])]), process.schedule.final_alpha_cumprod
         wide = [math.sqrt(abar * spread**2 + 1 - abar) for abar in (first, last)]
         exact = math.sqrt(last) * mean + wide[1] / wide[0] * (x - math.sqrt(first) * mean)
         errors[solver] = float((state - exact).abs().max())
@@ -72,8 +74,8 @@ def test_a_solver_of_second_order_comes_nearer_to_the_exact_solution() -> None:
 
 @pytest.mark.parametrize("window", [(0, 1), (2, 3), (5,)])
 def test_noise_is_added_in_the_window_alone(window: tuple[int, ...]) -> None:
-    process = Diffusion.from_scheduler(SD1, 8, 1.0)
-    windowed = Diffusion(process.alphas_cumprod, process.times, 1.0, final_alpha_cumprod=process.final_alpha_cumprod, window=window, solver="dpm++2m")
+    process = from_scheduler(SD1, 8, 1.0)
+    windowed = dataclasses.replace(process, window=window, solver="dpm++2m")
     assert windowed.stochastic_steps == window
     for step in window:
         assert windowed.steps[step][:-1] == process.steps[step][:-1]
@@ -81,10 +83,10 @@ def test_noise_is_added_in_the_window_alone(window: tuple[int, ...]) -> None:
 
 
 def test_the_last_step_is_without_noise_even_in_a_window() -> None:
-    process = Diffusion.from_scheduler(SD1, 4, 1.0)
-    assert Diffusion(process.alphas_cumprod, process.times, 1.0, window=(2, 3)).stochastic_steps == (2,)
+    process = from_scheduler(SD1, 4, 1.0)
+    assert dataclasses.replace(process, window=(2, 3)).stochastic_steps == (2,)
 
 
 def test_guidance_acts_in_its_range() -> None:
-    process = Diffusion.from_scheduler(SD1, 10, 0.0, guidance_range=(0.2, 0.7))
+    process = from_scheduler(SD1, 10, 0.0, guidance_range=(0.2, 0.7))
     assert [process.guides(step) for step in range(10)] == [200 <= time <= 700 for time in process.times.tolist()]
