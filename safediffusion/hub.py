@@ -1,10 +1,10 @@
-"""Where a model lives: a local folder, the model embedded in this package, or a repository of the Hugging Face hub."""
+"""Where a model lives: a local folder, a model embedded in this package, or a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -14,12 +14,14 @@ from safediffusion.errors import UserError
 from safediffusion.weights import sha256
 
 EMBEDDED = Path(str(resources.files("safediffusion"))) / "tiny" / "weights"
+EMBEDDED_MODELS = {"pictograms": "pipeline", "pictograms-flow": "flow"}  # a Stable Diffusion 1 and a Stable Diffusion 3 of small size, each by its folder
 
 # Only subfolders: at the top of many repositories lie single-file checkpoints of several GB that nobody here reads.
-_WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
-_UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*"]
+_WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+# Other precisions, shards of them, and folders of parts that model_index.json does not name.
+_UNWANTED = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.non_ema.safetensors", "safety_checker/*", "text_encoders/*", "vae_1_0/*"]
 INSTEAD = "give a local folder that holds the model instead"
-_WEIGHT_FOLDERS = ("text_encoder", "unet", "vae")
+_WEIGHT_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
 
 
 def cache_folder() -> Path:
@@ -28,17 +30,17 @@ def cache_folder() -> Path:
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
-    """The folder of a diffusers pipeline, given as a local folder, `pictograms` (embedded) or a hub id such as org/name.
+    """The folder of a diffusers pipeline, given as a local folder, `pictograms` or `pictograms-flow` (embedded), or a hub id such as org/name.
 
     A hub model is taken from the local cache where it is there, whatever the hub holds by now; `revision` pins it.
     Raises UserError for a folder that does not exist and a model that cannot be had.
     """
     path = Path(name).expanduser()
-    if name == "pictograms" or (name and path.exists()):
+    if name in EMBEDDED_MODELS or (name and path.exists()):
         if revision is not None:
             raise UserError(f"{name} is not a hub model, so it has no revision {revision!r}; leave the revision out")
-        if name == "pictograms":
-            return verify(EMBEDDED, "pipeline")
+        if name in EMBEDDED_MODELS:
+            return verify(EMBEDDED, EMBEDDED_MODELS[name])
         if not path.is_dir():
             raise UserError(f"{name} is a file; give a folder in the diffusers layout (one that holds model_index.json)")
         return path
@@ -46,7 +48,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     if name.startswith((".", "/", "~")) or (slash and ("/" in rest or not rest or Path(owner).is_dir())):
         raise UserError(f"{name} does not exist")
     if not _is_hub_id(name):
-        raise UserError(f"{name!r} is no model: give a local folder, `pictograms`, or a hub id such as org/name")
+        raise UserError(f"{name!r} is no model: give a local folder, `pictograms`, `pictograms-flow`, or a hub id such as org/name")
     return _cached(name, revision) or _downloaded(name, revision)
 
 
@@ -78,7 +80,7 @@ def resolve_file(name: str, file: str, revision: str | None, instead: str) -> Pa
 
 def at_hand(name: str, revision: str | None = None) -> Path | None:
     """The folder of a model that needs no download; None for another one, and for what is no model."""
-    folder = EMBEDDED / "pipeline" if name == "pictograms" else Path(name).expanduser()
+    folder = EMBEDDED / EMBEDDED_MODELS[name] if name in EMBEDDED_MODELS else Path(name).expanduser()
     if folder.is_dir():
         return folder
     return _cached(name, revision) if _is_hub_id(name) else None
@@ -179,4 +181,13 @@ def _explained(name: str, revision: str | None, instead: str) -> Iterator[None]:
 
 
 def _is_whole(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file() and all(any((folder / part).glob("*.safetensors")) for part in _WEIGHT_FOLDERS)
+    """Whether the weights of every part that model_index.json names are there, each shard of them."""
+    if not (folder / "model_index.json").is_file():
+        return False
+    named = [part for part in _WEIGHT_FOLDERS if (read_index(folder).get(part) or [None])[0] is not None]
+    shards = {path.parent / name for part in named for path in (folder / part).glob("*.safetensors.index.json") for name in set(_shards(path))}
+    return all(any((folder / part).glob("*.safetensors")) for part in named) and all(path.is_file() for path in shards)
+
+
+def _shards(listing: Path) -> Iterable[str]:
+    return json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()

@@ -13,7 +13,8 @@ import pytest
 from huggingface_hub import constants
 
 from safediffusion.errors import UserError
-from safediffusion.hub import EMBEDDED, describe_model, read_index, resolve_model, verify
+from safediffusion.hub import EMBEDDED, at_hand, describe_model, read_index, resolve_model, verify
+from safediffusion.subjects import locate
 from safediffusion.weights import sha256
 
 
@@ -31,8 +32,11 @@ def test_local_folder_is_taken_as_it_is(tiny_pipeline: Path) -> None:
 
 
 @pytest.mark.skipif(not EMBEDDED.exists(), reason="the embedded weights are not in this tree")
-def test_pictograms_is_the_embedded_model() -> None:
-    assert read_index(resolve_model("pictograms"))["_class_name"] == "StableDiffusionPipeline"
+@pytest.mark.parametrize(("name", "pipeline"), [("pictograms", "StableDiffusionPipeline"), ("pictograms-flow", "StableDiffusion3Pipeline")])
+def test_the_embedded_models_go_by_name(name: str, pipeline: str) -> None:
+    assert read_index(resolve_model(name))["_class_name"] == pipeline
+    assert at_hand(name) == resolve_model(name)
+    assert "no revision 'main'" in refusal(name, "main")
 
 
 @pytest.mark.parametrize("name", ["./x", "../x", "/nowhere/x", "~/nowhere/x", "a/b/c", "runs/"])
@@ -72,9 +76,31 @@ def test_hub_model_in_the_cache(tiny_pipeline: Path, tmp_path: Path, monkeypatch
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     snapshot = Path(shutil.copytree(tiny_pipeline, repository / "snapshots" / commit))
-    assert resolve_model("org/model") == resolve_model("org/model", commit) == snapshot
+    assert resolve_model("org/model") == resolve_model("org/model", commit) == locate(f"org/model@{commit}") == snapshot
+    with pytest.raises(UserError, match="give a local folder"):
+        locate("org/model@other")
     shutil.rmtree(snapshot / "unet")  # as another program leaves it that wanted only the autoencoder
     assert "only part of it is in the local cache" in refusal("org/model")
+
+
+def test_hub_model_of_which_a_shard_is_missing(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+    snapshot = Path(shutil.copytree(tiny_pipeline, tmp_path / "models--org--model" / "snapshots" / commit))
+    listing = {"weight_map": {"one": "diffusion_pytorch_model.safetensors", "two": "diffusion_pytorch_model-2.safetensors"}}
+    (snapshot / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(listing))
+    assert "only part of it is in the local cache" in refusal("org/model", commit)
+    (snapshot / "unet" / "diffusion_pytorch_model-2.safetensors").touch()
+    assert resolve_model("org/model", commit) == snapshot
+
+
+def test_description_has_every_part_with_weights(tmp_path: Path) -> None:
+    parts = ("text_encoder", "text_encoder_2", "transformer", "vae")
+    for part in parts:
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "model.safetensors").write_bytes(part.encode())
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert list(describe_model(tmp_path)["sha256"]) == [f"{part}/model.safetensors" for part in parts]
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def watch(learner: Learner) -> Clock:
     policy.reference = at_base
     policy.predict = clock.timed(policy.predict, lambda: "training" if torch.is_grad_enabled() or clock.at_base else "rollout")
     policy.sketch = clock.timed(policy.sketch, "decode")
-    learner.reward = _TimedReward(learner.reward, clock)
+    learner.reward = learner.reward and _TimedReward(learner.reward, clock)
     accelerator: Any = learner.accelerator
     accelerator.backward = clock.timed(accelerator.backward, "training")
     accelerator.clip_grad_norm_ = clock.timed(accelerator.clip_grad_norm_, "optimizer")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from safediffusion.bench.clock import PARTS
 from safediffusion.bench.standing import Standing
-from safediffusion.cost.plan import spelled_bytes, spelled_number
+from safediffusion.cost.plan import spelled_number
+from safediffusion.cost.room import spelled_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

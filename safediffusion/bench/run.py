@@ -18,7 +18,8 @@ from safediffusion.bench.picture import figure
 from safediffusion.bench.race import race
 from safediffusion.bench.standing import Standing, Work, record, standing
 from safediffusion.cost.forwards import forwards
-from safediffusion.cost.plan import flop, memory
+from safediffusion.cost.plan import flop
+from safediffusion.cost.room import room
 from safediffusion.cost.shapes import measure_shapes, reward_flop
 from safediffusion.errors import UserError
 from safediffusion.files import check_writable, write_bytes, write_json
@@ -70,4 +71,4 @@ def _work(recipe: Recipe, run: Run, device: torch.device) -> Work:
     shapes = measure_shapes(policy.folder, recipe.policy)
     pixels = tuple(policy.decode(torch.zeros(1, *policy.sample_shape, device=device)).shape[-2:])
     scored = counts.images * reward_flop(run.learner.reward, pixels, device)
-    return Work(flop(counts, shapes) + scored, roof, memory(recipe, counts, shapes))
+    return Work(flop(counts, shapes) + scored, roof, room(recipe, counts, shapes).bytes)

@@ -5,72 +5,56 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safediffusion.errors import UserError
+from safediffusion.cost.blueprints import BLUEPRINTS, CLIP_L, Blueprint, write_configs
 from safediffusion.files import explained
 from safediffusion.hub import cache_folder
-from safediffusion.policies.pipeline import replaced
+from safediffusion.policies.families import FAMILIES
+from safediffusion.policies.pipeline import load_empty, part_class, replaced
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Configs, in the words of diffusers and transformers, of a denoiser, an autoencoder, a text encoder and a CLIP reward."""
+    """A pipeline, and the CLIP that rewards it: configs of its two towers and the width of its embeddings."""
 
-    unet: Mapping[str, Any]
-    vae: Mapping[str, Any]
+    pipeline: Blueprint
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
     projection: int
-    length: int = 77  # tokens of a prompt
 
 
-_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 49408, "max_position_embeddings": 77}
-
-# The config files of stable-diffusion-v1-5 (859.5 M weights in the denoiser); the reward is CLIP ViT-L/14.
-SD15 = Shape(
-    unet={
-        "sample_size": 64,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "layers_per_block": 2,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-    },
-    vae={
-        "sample_size": 512,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "latent_channels": 4,
-    },
-    text=_TEXT,
-    vision={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224, "patch_size": 14},
-    projection=768,
-)
-SHAPES = {"sd15": SD15}
-_NOT_YET = {"sdxl": "no policy trains Stable Diffusion XL yet, so there is nothing to measure; use sd15, or a Stable Diffusion 1.x or 2.x model of your own"}
+_CLIP = {
+    "text": CLIP_L,
+    "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224, "patch_size": 14},
+    "projection": 768,
+}
+# Rewarded by CLIP ViT-L/14, all of them.
+SHAPES = {name: Shape(blueprint, **_CLIP) for name, blueprint in BLUEPRINTS.items()}
 
 
 def shaped(name: str) -> Path | None:
-    """The folder of the shaped model of that name, made on first use in the user's cache; None for a name that is no shape."""
-    if name in _NOT_YET:
-        raise UserError(f"{name}: {_NOT_YET[name]}")
+    """The folder of the shaped model of that name, made on first use in the user's cache; None for a name that is no shape.
+
+    Optional parts are left out: SD3.5 is measured without T5, as its pipeline allows.
+    """
     if name not in SHAPES:
         return None
-    digest = hashlib.sha256(json.dumps(asdict(SHAPES[name]), sort_keys=True).encode()).hexdigest()[:8]
-    return write_shaped(cache_folder() / f"{name}-{digest}", SHAPES[name])
+    shape = SHAPES[name]
+    optional = FAMILIES[shape.pipeline.pipeline].optional
+    parts = {part: config for part, config in shape.pipeline.parts.items() if part not in optional}
+    shape = replace(shape, pipeline=replace(shape.pipeline, parts=parts))
+    digest = hashlib.sha256(json.dumps(asdict(shape), sort_keys=True).encode()).hexdigest()[:8]
+    return write_shaped(cache_folder() / f"{name}-{digest}", shape)
 
 
 def write_shaped(folder: Path, shape: Shape) -> Path:
-    """`folder`/pipeline, a Stable Diffusion folder, and `folder`/reward, a CLIPModel, both at random weights from seed 0.
+    """`folder`/pipeline, a diffusers folder, and `folder`/reward, a CLIPModel, both at random weights from seed 0.
 
-    SD1.5's takes a minute, 6 GB of memory while it is made and 3 GB of disk (weights lie in half precision and are
-    trained in float32). A folder that is there already is left as it is.
+    Weights lie in half precision and are trained in float32. SD1.5's takes a minute, 4 GB of memory while it is made and
+    3 GB of disk; FLUX's 48 GB and 35 GB. A folder that is there already is left as it is.
     """
     if (folder / "pipeline" / "model_index.json").is_file():
         return folder
@@ -83,27 +67,18 @@ def write_shaped(folder: Path, shape: Shape) -> Path:
 
 
 def _write(folder: Path, shape: Shape) -> None:
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
     from transformers.utils import logging
 
-    from safediffusion.tiny import networks
-
     logging.disable_progress_bar()  # one per part of the model, each for a file
-    tokenizer = networks.build_tokenizer(["a picture of a cat and a dog"], folder / "pipeline" / "tokenizer")
-    tokenizer.model_max_length = shape.length
-    text = {**shape.text, **{f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}}
-    StableDiffusionPipeline(
-        vae=AutoencoderKL(**shape.vae).half(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**text)).half(),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**shape.unet).half(),
-        scheduler=networks.scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder / "pipeline")
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=dict(shape.vision), projection_dim=shape.projection))
+    pipeline = folder / "pipeline"
+    write_configs(pipeline, shape.pipeline)
+    for part, kind in FAMILIES[shape.pipeline.pipeline].parts.items():
+        if part in shape.pipeline.parts:
+            load_empty(part_class(part, kind), pipeline / part).half().save_pretrained(pipeline / part)
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
+    ends = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
+    clip = CLIPModel(CLIPConfig(text_config={**shape.text, **ends}, vision_config=dict(shape.vision), projection_dim=shape.projection))
     clip.half().save_pretrained(folder / "reward")
     tokenizer.save_pretrained(folder / "reward")
     logging.enable_progress_bar()

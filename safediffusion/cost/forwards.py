@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from safediffusion.algorithms.refl import Refl
 from safediffusion.algorithms.rwr import Rwr
 from safediffusion.algorithms.trajectory import Denoising
 from safediffusion.recipe import Recipe
+from safediffusion.rollout import DRIFT
 from safediffusion.types import Process
 
 
@@ -62,7 +63,18 @@ def forwards(recipe: Recipe, unsafe: int | None = None, process: Process | None 
     if count is None:
         return None
     guided = [process.guides(step) for step in range(recipe.process.steps)] if process else _guided(recipe)
-    return count(recipe, recipe.algorithm, _unsafe(recipe) if unsafe is None else unsafe, guided)
+    unsafe = _unsafe(recipe) if unsafe is None else unsafe
+    counted = count(recipe, recipe.algorithm, unsafe, guided)
+    return replace(counted, rollout=counted.rollout + _by_base(recipe, unsafe, guided))
+
+
+def _by_base(recipe: Recipe, unsafe: float, guides: list[bool]) -> float:
+    """What the base paints of benign prompts for a constraint on the drift."""
+    if not any(constraint.cost == DRIFT for constraint in recipe.constraints):
+        return 0.0
+    algorithm, branches = recipe.algorithm, _branches(recipe, guides)
+    shared = _shared(algorithm) if isinstance(algorithm, Grpo) else 0
+    return (algorithm.prompts - unsafe) * (sum(branches[:shared]) + algorithm.group * sum(branches[shared:]))
 
 
 def _forward(recipe: Recipe, algorithm: Forward, unsafe: float, guides: list[bool]) -> Forwards:
@@ -108,11 +120,16 @@ def _painted(recipe: Recipe, algorithm: Renoising, unsafe: float, guides: list[b
 def _grpo(recipe: Recipe, algorithm: Grpo, unsafe: float, guides: list[bool]) -> Forwards:
     images, window = algorithm.prompts * algorithm.group, algorithm.window
     branches = _branches(recipe, guides)
-    shared = window.start if window and algorithm.share_prefix else 0
+    shared = _shared(algorithm)
     painted = sum(branches[:shared]) * algorithm.prompts + sum(branches[shared:]) * images
     # The last step has no noise.
     noisy = range(window.start, window.start + window.length) if window else range(recipe.process.steps - 1 - algorithm.drop_last)
     return _walked_again(algorithm, images, painted, images, [branches[step] for step in noisy], _asks_base(recipe, algorithm))
+
+
+def _shared(algorithm: Grpo) -> int:
+    """Steps that the pictures of a prompt walk together."""
+    return algorithm.window.start if algorithm.window and algorithm.share_prefix else 0
 
 
 def _denoising(recipe: Recipe, algorithm: Ddpo | Dpok, unsafe: float, guides: list[bool]) -> Forwards:
@@ -166,10 +183,10 @@ def _branches(recipe: Recipe, guides: list[bool]) -> list[int]:
 
 
 def _guided(recipe: Recipe) -> list[bool]:
-    """Whether guidance acts in each step of an even grid, as Stable Diffusion's is."""
+    """Whether guidance acts in each step of an even grid, as Stable Diffusion's is: each lies just above its share of the schedule."""
     low, high = recipe.process.guidance_range
     steps = recipe.process.steps
-    return [low * 1000 <= step * (1000 // steps) + 1 <= high * 1000 for step in reversed(range(steps))]
+    return [low <= step / steps < high for step in reversed(range(steps))]
 
 
 _COUNTS: dict[type, Callable[[Recipe, Any, float, list[bool]], Forwards]] = {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from safediffusion.policies.latent import LatentPolicy
+from safediffusion.types import Process
 
 _QUICK = 0.2  # seconds of a call past which no larger one is tried
 _SLOW = 2.0  # no call is made longer than one of so many seconds asks for
@@ -27,23 +28,23 @@ class Pace:
     activations: int
 
 
-def measure_pace(policy: LatentPolicy, batch: int) -> Pace:
+def measure_pace(policy: LatentPolicy, process: Process, batch: int) -> Pace:
     """Timed on zeros, on more and more images at once, up to `batch` or until a call is no longer quick.
 
     One image of many takes a tenth of the time of a lone one where the network is small, so a lone one says little.
     """
     # The wrapped network of several processes must not see a forward that its loop knows nothing of.
-    policy = dataclasses.replace(policy, network=policy.unet)
+    policy = dataclasses.replace(policy, network=policy.denoiser)
     kept: dict[int, Tensor] = {}
-    own = {weight.untyped_storage().data_ptr() for weight in policy.unet.parameters()}
+    own = {weight.untyped_storage()._cdata for weight in policy.denoiser.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     def inputs(count: int) -> tuple[Tensor, Tensor, Tensor]:
         latents = torch.zeros(count, *policy.sample_shape, device=policy.device)
-        return latents, torch.full((), 500, device=policy.device), policy.encode.unconditional.expand(count, -1, -1)
+        return latents, process.times[0].to(policy.device), policy.encode.unconditional.expand(count, -1, -1)
 
     def train(count: int) -> None:
         output = policy.predict(*inputs(count))

@@ -7,18 +7,23 @@ import math
 import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from safediffusion import ranks
+from safediffusion.cost.blueprints import BLUEPRINTS, write_configs
 from safediffusion.cost.forwards import Forwards, forwards
 from safediffusion.cost.pace import measure_pace
+from safediffusion.cost.room import remembered, room, spelled_bytes
 from safediffusion.cost.shapes import Shapes, measure_shapes
 from safediffusion.data.sets import load_set
 from safediffusion.evaluate import pictograms
 from safediffusion.hub import at_hand
 from safediffusion.recipe import Recipe
+from safediffusion.rollout import DRIFT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
     from safediffusion.policies.latent import LatentPolicy
     from safediffusion.train.loop import Run
 
+_SPEED = 1e14  # FLOP/s: a card of 80 GB does about two to four times as much in bfloat16, one of 24 GB about as much or less
 _ITERATIONS = 3  # after so many the plan is corrected; the first of them warms up and is left out
 
 
@@ -57,14 +63,14 @@ def foresee(recipe: Recipe, run: Run, done: int = 0) -> Plan | None:
     if counts is None or done >= recipe.steps:
         return None
     policy, batch = run.learner.policy, min(recipe.optimizer.batch or counts.images, counts.images)
-    pace = measure_pace(policy, batch)
+    pace = measure_pace(policy, run.learner.process, batch)
     seconds = ((counts.rollout + counts.reference) * pace.forward + counts.trained * pace.trained + counts.images * pace.decode) / ranks.count()
     left = _reach(recipe, counts, seconds) - done
     if left < 1:
         return None
     probing = _probes(recipe, left, done == 0) * (2 * pictograms.STEPS * pace.forward + pace.decode) if run.measure else 0.0
     more = sum(weight.numel() for weight in run.learner.parameters) * (12 if done == 0 else 4)  # gradients, and two moments
-    more += _base_bytes(recipe, policy) + batch * pace.activations + _remembered(recipe, counts, math.prod(policy.sample_shape))
+    more += _base_bytes(recipe, policy) + batch * pace.activations + remembered(recipe, counts, math.prod(policy.sample_shape))
     return Plan(counts.images, left, seconds, probing, _resident(policy.device) + more)
 
 
@@ -93,18 +99,32 @@ class Watch:
 
 
 def outline(recipe: Recipe) -> str:
-    """What is known of a recipe without running anything: forwards, and for a model on this machine FLOP and memory."""
+    """What is known of a recipe without running anything, in lines: forwards, and for a model on this machine or of a known shape FLOP and memory."""
     counts = forwards(recipe)
     if counts is None:
         return ""
     parts = f"{counts.rollout / counts.images:g} of the rollout, {counts.training / counts.images:g} of training"
     said = f"{counts.per_image:g} denoiser forwards per image ({parts}; a backward counts as two), {counts.images} images per iteration"
-    folder = at_hand(recipe.model, recipe.revision)
-    if folder is None:
+    shapes = _shapes(recipe)
+    if shapes is None:
         return said
-    shapes = measure_shapes(folder, recipe.policy)
-    work, room = flop(counts, shapes) / counts.images, memory(recipe, counts, shapes)
-    return f"{said}; without the reward {spelled_number(work / 1e12)} TFLOP per image and about {spelled_bytes(room)} of memory"
+    work, taken = flop(counts, shapes), room(recipe, counts, shapes)
+    whole = spelled(recipe.steps * work / _SPEED)
+    time = f"{spelled_number(work / counts.images / 1e12)} TFLOP per image without the reward: {whole} for {recipe.steps} iterations at 100 TFLOP/s"
+    fits = f"fits a card of {taken.card} GB" if taken.card else "fits no single card"
+    return f"{said}\n{time}\n{taken}\n{fits}"
+
+
+def _shapes(recipe: Recipe) -> Shapes | None:
+    folder = at_hand(recipe.model, recipe.revision)
+    if folder is not None:
+        return measure_shapes(folder, recipe.policy)
+    blueprint = next((each for each in BLUEPRINTS.values() if recipe.model in each.names), None)
+    if blueprint is None:
+        return None
+    with TemporaryDirectory() as configs:
+        write_configs(Path(configs), blueprint)
+        return measure_shapes(Path(configs), recipe.policy)
 
 
 def flop(counts: Forwards, shapes: Shapes) -> float:
@@ -112,23 +132,11 @@ def flop(counts: Forwards, shapes: Shapes) -> float:
     return (counts.rollout + counts.reference) * shapes.forward + counts.trained * (shapes.forward + shapes.backward) + counts.images * shapes.decode
 
 
-def memory(recipe: Recipe, counts: Forwards, shapes: Shapes) -> float:
-    """Bytes, about: weights, gradients, Adam's two moments, the average, and the larger of a graph and a decoder."""
-    batch = min(recipe.optimizer.batch or counts.images, counts.images)
-    learning = shapes.trained * 4 * (4 if recipe.optimizer.ema else 3)
-    base = shapes.base if recipe.policy.train == "full" and counts.reference else 0
-    return shapes.weights + learning + base + batch * max(shapes.activations, shapes.decoding) + _remembered(recipe, counts, shapes.latent)
-
-
 def spelled(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def spelled_bytes(count: float) -> str:
-    return f"{count / 1e9:.0f} GB" if count >= 1e10 else f"{count / 1e9:.1f} GB"
 
 
 def spelled_number(value: float) -> str:
@@ -145,21 +153,17 @@ def _reach(recipe: Recipe, counts: Forwards, seconds: float) -> int:
 def _probes(recipe: Recipe, left: int, first: bool) -> int:
     """Pictures that all probes paint: the first one paints the base as well."""
     sets = sum(min(recipe.probe.prompts, len(load_set(name))) for name in pictograms.VALIDATION_SETS.values())
-    return sets * recipe.probe.samples * (1 + first + -(-left // recipe.probe.every))
+    probes = math.ceil(recipe.probe.count * left / recipe.steps) or -(-left // recipe.probe.every)
+    return sets * recipe.probe.samples * (1 + first + probes)
 
 
 def _base_bytes(recipe: Recipe, policy: LatentPolicy) -> int:
     """Of the second denoiser that full training compares with; it is read when it is first needed."""
     counts = forwards(recipe)
-    if policy.settings.train != "full" or counts is None or not counts.reference:
+    asked = counts is not None and (counts.reference or any(constraint.cost == DRIFT for constraint in recipe.constraints))
+    if policy.settings.train != "full" or not asked:
         return 0
-    return sum(weight.numel() for weight in policy.unet.parameters()) * (2 if policy.settings.dtype == "bfloat16" else 4)
-
-
-def _remembered(recipe: Recipe, counts: Forwards, latent: int) -> int:
-    """Bytes of the latents of a rollout: methods with log-probabilities keep those of every step."""
-    kept = recipe.process.steps + 1 if recipe.algorithm.card.log_probs else 1
-    return counts.images * kept * 4 * latent
+    return sum(weight.numel() for weight in policy.denoiser.parameters()) * (2 if policy.settings.dtype == "bfloat16" else 4)
 
 
 def _resident(device: torch.device) -> float:

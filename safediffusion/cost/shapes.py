@@ -8,7 +8,7 @@ from its own graph: twice the forward when all weights learn, little more than o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safediffusion.policies.latent import PolicySettings
+from safediffusion.policies.autoencoder import cell
+from safediffusion.policies.families import find_family
+from safediffusion.policies.latent import PolicySettings, latent_shape
 from safediffusion.policies.lora import add_lora
-from safediffusion.policies.pipeline import check_pipeline
+from safediffusion.policies.pipeline import load_denoiser, load_empty, load_text
+from safediffusion.policies.quantise import BITS
 from safediffusion.types import Prompt, Reward
 
 _WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
@@ -34,45 +37,52 @@ class Shapes:
     forward: int  # FLOP of the denoiser, one branch
     backward: int  # FLOP of its gradient
     decode: int  # FLOP of the autoencoder that decodes rollouts
-    weights: int  # bytes of denoiser, autoencoder and text encoder as they lie on the device
+    weights: int  # bytes of denoiser and autoencoder as they lie on the device
+    text: int  # bytes of the text encoders, which run in float32
     base: int  # bytes of the second denoiser that full training compares with
     activations: int  # bytes kept for one backward
     decoding: int  # bytes of the widest place of the decoder, roughly
 
 
 def measure_shapes(folder: Path, settings: PolicySettings) -> Shapes:
-    """Those of a Stable Diffusion folder: its config files are read, nothing else. Seconds for SD1.x. UserError for another pipeline."""
-    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    """Those of a diffusers folder: its config files and tokenizers are read, no weight. Seconds for SD1.x. UserError for a pipeline that is not supported."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import CLIPTextConfig, CLIPTextModel
 
-    check_pipeline(folder)
-    with FakeTensorMode(allow_non_fake_inputs=True) as empty:
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")).requires_grad_(False)
-        text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+    family = find_family(folder)
+    with FakeTensorMode(allow_non_fake_inputs=True) as empty, torch.no_grad():
+        denoiser, text = load_denoiser(family, folder, load_empty), load_text(family, folder, load_empty)
+        vae = load_empty(AutoencoderKL, folder / "vae").requires_grad_(False)
         tiny = None if settings.tiny_vae is None else AutoencoderTiny.from_config(_tiny_config(settings.tiny_vae)).requires_grad_(False)
-    parameters = _count(unet)
+        condition = family.encode(text, [""])
+    parameters = _count(denoiser)
     if settings.train == "lora":
-        unet.requires_grad_(False)
-        add_lora(unet, settings.lora_rank, settings.lora_alpha or settings.lora_rank, settings.lora_targets)
-    trained = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad)
-    latent = _latent(unet, vae, settings.image_size)
+        denoiser.requires_grad_(False)
+        add_lora(denoiser, settings.lora_rank, settings.lora_alpha or settings.lora_rank, settings.lora_targets or family.lora_targets)
+    trained = sum(weight.numel() for weight in denoiser.parameters() if weight.requires_grad)
+    latent = (1, *latent_shape(folder, family, vae, settings.image_size))
     with empty:
         if settings.dtype == "bfloat16":
-            _halve(unet)
-        length = text.config.max_position_embeddings
-        forward, backward, activations = _training(unet, latent, (1, length, unet.config.cross_attention_dim), settings.dtype)
+            _halve(denoiser)
+        size = latent[2] * cell(vae), latent[3] * cell(vae)
+
+        def run() -> Tensor:
+            return family.run(denoiser, torch.zeros(latent), torch.zeros(1), torch.zeros(condition.shape), size, settings.embedded_guidance)
+
+        forward, backward, activations = _training(denoiser, run, settings)
         decode, decoding = _decoding(vae, latent)
         if tiny is not None:  # rollouts; what people look at is still decoded by the other one, whose place is the wider
             decode = counted(lambda: tiny.decode(torch.zeros(latent), return_dict=False))
-    if settings.gradient_checkpointing:  # each block is computed once more on the way back; what is kept is then overstated
-        backward += forward
+    if settings.gradient_checkpointing:
+        backward += forward  # each block is computed once more on the way back
     base = parameters * _WIDTH[settings.dtype]
     # Autocast keeps a rounded copy of weights that learn.
-    denoiser = parameters * 4 + (base if settings.dtype == "bfloat16" else 0) if settings.train == "full" else base + trained * 4
-    weights = denoiser + _count(vae) * _WIDTH[settings.vae_dtype] + _count(text) * 4
-    return Shapes(math.prod(latent), parameters, trained, forward, backward, decode, weights, base, activations, decoding * _WIDTH[settings.vae_dtype] // 4)
+    held = parameters * 4 + (base if settings.dtype == "bfloat16" else 0) if settings.train == "full" else base + trained * 4 - _saved(denoiser, settings)
+    weights = held + 4 * sum(each.numel() for each in denoiser.buffers()) + _count(vae) * _WIDTH[settings.vae_dtype]
+    spoken = 4 * sum(_count(encoder) for encoder in text.encoders.values())
+    tile = min(1.0, (settings.vae_tile or math.inf) / max(size)) ** 2
+    widest = int(decoding * tile * _WIDTH[settings.vae_dtype] / 4)
+    return Shapes(math.prod(latent), parameters, trained, forward, backward, decode, weights, spoken, base, activations, widest)
 
 
 @torch.no_grad()
@@ -98,24 +108,54 @@ def counted(function: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def _training(unet: Any, latent: tuple[int, ...], condition: tuple[int, ...], dtype: str) -> tuple[int, int, int]:
-    """FLOP of a forward and of its backward, and the bytes that wait between them."""
+def _training(denoiser: Any, run: Callable[[], Tensor], settings: PolicySettings) -> tuple[int, int, int]:
+    """FLOP of a forward and of its backward, and the bytes that wait between them: with checkpointing what goes into each block, and the inside of one."""
     kept: dict[int, Tensor] = {}
-    own = {weight.untyped_storage()._cdata for weight in unet.parameters()}
+    own = {weight.untyped_storage()._cdata for weight in denoiser.parameters()}
     outputs: list[Tensor] = []
+    widest = 0
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
+    def into(place: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
+        def keep(tensor: Tensor) -> Tensor:
+            place[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        return keep
+
+    def block(run_block: Callable[..., Any], *inputs: Any) -> Any:
+        nonlocal widest
+        inside: dict[int, Tensor] = {}
+        for each in inputs:
+            if isinstance(each, Tensor):
+                into(kept)(each)
+        with torch.autograd.graph.saved_tensors_hooks(into(inside), lambda tensor: tensor):
+            made = run_block(*inputs)
+        widest = max(widest, _bytes(inside, own | kept.keys()))
+        return made
+
+    if settings.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing(block)
 
     def forward() -> None:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            outputs.append(unet(torch.zeros(latent), torch.zeros(1, dtype=torch.long), encoder_hidden_states=torch.zeros(condition), return_dict=False)[0])
+        with torch.autograd.graph.saved_tensors_hooks(into(kept), lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            outputs.append(run())
 
     once = counted(forward)
-    held = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    held = _bytes(kept, own) + widest
     kept.clear()
     return once, counted(lambda: outputs.pop().float().sum().backward()), held
+
+
+def _bytes(tensors: Mapping[int, Tensor], elsewhere: Collection[int]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in tensors.items() if place not in elsewhere)
+
+
+def _saved(denoiser: torch.nn.Module, settings: PolicySettings) -> int:
+    """Bytes that frozen linear layers in few bits do not take."""
+    if settings.quantise == "none":
+        return 0
+    frozen = [layer.weight for layer in denoiser.modules() if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad]
+    return int(sum(weight.numel() for weight in frozen) * (_WIDTH[settings.dtype] - BITS[settings.quantise] / 8))
 
 
 @torch.no_grad()
@@ -142,19 +182,12 @@ def _tiny_config(name: str) -> dict[str, Any]:
     return AutoencoderTiny.load_config(name) if Path(name).expanduser().is_dir() else {}
 
 
-def _halve(unet: Any) -> None:
+def _halve(denoiser: Any) -> None:
     """Linear and convolution layers in bfloat16, which a frozen one is kept in and autocast rounds the others to once."""
-    for module in unet.modules():
+    for module in denoiser.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             for name, weight in list(module.named_parameters(recurse=False)):
                 setattr(module, name, torch.nn.Parameter(weight.detach().bfloat16(), weight.requires_grad))
-
-
-def _latent(unet: Any, vae: Any, image_size: int | None) -> tuple[int, ...]:
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    size = image_size // factor if image_size else unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return 1, unet.config.in_channels, height, width
 
 
 def _count(model: torch.nn.Module) -> int:

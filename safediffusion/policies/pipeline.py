@@ -1,38 +1,38 @@
-"""A Stable Diffusion folder in the layout of diffusers: read strictly, written whole or not at all."""
+"""A pipeline folder in the layout of diffusers: read strictly, written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safediffusion.errors import UserError
 from safediffusion.hub import read_index
+from safediffusion.policies.text import TextEncoders
 from safediffusion.pretrained import first_sentence, load_pretrained
 
-_SUPPORTED = {
-    "text_encoder": "CLIPTextModel",
-    "tokenizer": "CLIPTokenizer",
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-}
-# Other precisions and formats of the same weights; next to a trained UNet they would be leftovers of another model.
-_NOT_COPIED = shutil.ignore_patterns("*.bin", "*.ckpt", "*.msgpack", "*.fp16.*", "*.non_ema.*")
+if TYPE_CHECKING:
+    from safediffusion.policies.family import Family
+
+# A model of a class, by its folder.
+Load = Callable[[Any, Path], Any]
+
+# Other precisions and formats of the same weights; next to a trained network they would be leftovers of another model.
+_NOT_COPIED = shutil.ignore_patterns("*.bin", "*.ckpt", "*.msgpack", "*.fp16.*", "*.fp16-*", "*.non_ema.*")
+# What a tokenizer is read from, any of them.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
-def check_pipeline(folder: Path) -> None:
-    """Raises UserError unless the folder says it is a StableDiffusionPipeline made of the parts this package trains."""
-    index = read_index(folder)
-    if index["_class_name"] != "StableDiffusionPipeline":
-        raise UserError(f"{folder} is a {index['_class_name']}; supported is StableDiffusionPipeline (SD1.x, SD2.x)")
-    for part, supported in _SUPPORTED.items():
-        found = (index.get(part) or [None, None])[1]
-        if found not in (supported, f"{supported}Fast"):
-            raise UserError(f"{folder / 'model_index.json'} has {found} as {part}; supported is {supported}")
+def part_class(part: str, kind: str) -> Any:
+    """The class of that name, from the library that has such parts of a pipeline."""
+    import diffusers
+    import transformers
+
+    return getattr(transformers if part.startswith(("text_encoder", "tokenizer")) else diffusers, kind)
 
 
 def load_model(kind: Any, folder: Path) -> Any:
@@ -40,20 +40,47 @@ def load_model(kind: Any, folder: Path) -> Any:
     return load_pretrained(kind, folder).float().eval().requires_grad_(False)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
+def load_empty(kind: Any, folder: Path) -> Any:
+    """A model of the shape that its config file says, with whatever its class puts into its weights: none are read."""
+    if hasattr(kind, "config_class"):  # of transformers
+        return kind(kind.config_class.from_pretrained(folder))
+    return kind.from_config(kind.load_config(folder))
 
+
+def load_denoiser(family: Family, folder: Path, load: Load = load_model) -> Any:
+    """The network that is trained, as it is in the folder: frozen, float32, on the CPU."""
+    denoiser = load(part_class(family.network, family.parts[family.network]), folder / family.network)
+    if family.attention is not None:
+        denoiser.set_attn_processor(family.attention)
+    return denoiser
+
+
+def load_text(family: Family, folder: Path, load: Load = load_model) -> TextEncoders:
+    """The tokenizers and text encoders of the pipeline, in float32, on the CPU."""
+    here = {part: kind for part, kind in family.parts.items() if (family.index.get(part) or [None])[0] is not None}
+    encoders = {part: load(part_class(part, kind), folder / part) for part, kind in here.items() if part.startswith("text_encoder")}
+    read = [part for part in here if part.startswith("tokenizer") and part.replace("tokenizer", "text_encoder") in encoders]
+    tokenizers = {part: _load_tokenizer(part_class(part, here[part]), folder / part) for part in read}
+    for part, tokenizer in tokenizers.items():
+        known = encoders[part.replace("tokenizer", "text_encoder")].config.vocab_size
+        if len(tokenizer) > known:
+            raise UserError(f"{folder}: the {part} has {len(tokenizer)} words, the text encoder knows {known}")
+    return TextEncoders(tokenizers, encoders)
+
+
+def _load_tokenizer(kind: Any, folder: Path) -> Any:
     # Without its files transformers would return a tokenizer of two words.
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json")
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise UserError(f"{folder} holds no tokenizer: none of {', '.join(_VOCABULARIES)}")
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} cannot be loaded as CLIPTokenizer: {first_sentence(error)}") from error
+        raise UserError(f"{folder} cannot be loaded as {kind.__name__}: {first_sentence(error)}") from error
 
 
-def load_scheduler_config(folder: Path) -> dict[str, Any]:
-    path = folder / "scheduler_config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A part's settings. UserError where they are missing or no JSON object."""
+    path = folder / name
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -62,20 +89,21 @@ def load_scheduler_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a JSON object") from None
 
 
-def write_pipeline(unet: Any, source: Path, target: Path) -> None:
-    """The pipeline of `source` with this UNet in the place of its own; every other part is copied as it is."""
+def write_pipeline(network: Any, part: str, source: Path, target: Path) -> None:
+    """The pipeline of `source` with this network as its `part`; every other part is copied as it is."""
     if target.resolve() == source.resolve():
         raise UserError(f"{target} holds the base model, which stays as it is; save to another folder")
     index = read_index(source)
-    for part, classes in index.items():
-        if isinstance(classes, list) and not (source / part).is_dir():  # a hub model comes without its safety checker
-            index[part] = [None, None]
-    index["requires_safety_checker"] = index.get("safety_checker", [None, None])[0] is not None
+    for name, classes in index.items():
+        if isinstance(classes, list) and not (source / name).is_dir():  # a hub model comes without its safety checker
+            index[name] = [None, None]
+    if "requires_safety_checker" in index or "safety_checker" in index:
+        index["requires_safety_checker"] = index.get("safety_checker", [None, None])[0] is not None
     with replaced(target) as new:
-        for part, classes in index.items():
-            if isinstance(classes, list) and classes[0] and part != "unet":
-                shutil.copytree(source / part, new / part, ignore=_NOT_COPIED)
-        unet.save_pretrained(new / "unet")
+        for name, classes in index.items():
+            if isinstance(classes, list) and classes[0] and name != part:
+                shutil.copytree(source / name, new / name, ignore=_NOT_COPIED)
+        network.save_pretrained(new / part)
         (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

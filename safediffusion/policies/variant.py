@@ -17,10 +17,12 @@ from torch import Tensor
 from safediffusion import ranks, weights
 from safediffusion.errors import UserError
 from safediffusion.hub import cache_folder, describe_model
+from safediffusion.policies.families import FAMILIES, find_family
+from safediffusion.policies.family import Family
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
-from safediffusion.policies.pipeline import check_pipeline, replaced
+from safediffusion.policies.pipeline import replaced
 
-# The whole UNet as it is in the folder: an adapter, even at zero, costs time.
+# The whole denoiser as it is in the folder: an adapter, even at zero, costs time.
 AS_IT_IS = PolicySettings(train="full", prompt_cache=256)
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 # A weight of an adapter: of a layer by its name, as diffusers and PEFT write it, or with _ for each dot, as kohya's scripts do.
@@ -28,18 +30,22 @@ _ADAPTER = re.compile(r"(?:lora_)?(?P<layer>.+)\.(?P<part>lora_A\.weight|lora_do
 _PARTS = {"lora_A.weight": "down", "lora_down.weight": "down", "lora_B.weight": "up", "lora_up.weight": "up", "alpha": "alpha"}
 # Kinds of adapters that do not add (alpha / rank) * up @ down alone, by the settings of PEFT that ask for them.
 _OTHER_KINDS = ("alpha_pattern", "lora_bias", "use_dora", "use_rslora")
-# By what a checkpoint in the layout of the original codes is known: https://github.com/CompVis/stable-diffusion
+# By what a checkpoint in the layout of the original codes is known, by pipeline class: https://github.com/CompVis/stable-diffusion, https://github.com/Stability-AI/generative-models
 _UNET = "model.diffusion_model."
+_FIRST_STAGE = {"UNet": (_UNET,), "autoencoder": ("first_stage_model.",)}
+_SECOND_ENCODER = "conditioner.embedders.1.model."
 _ORIGINAL = {
-    "UNet": (_UNET,),
-    "autoencoder": ("first_stage_model.",),
-    "text encoder": ("cond_stage_model.transformer.text_model.embeddings.", "cond_stage_model.model.token_embedding."),
+    "StableDiffusionPipeline": _FIRST_STAGE | {"text encoder": ("cond_stage_model.transformer.text_model.embeddings.", "cond_stage_model.model.token_embedding.")},
+    "StableDiffusionXLPipeline": _FIRST_STAGE
+    | {"text encoder": ("conditioner.embedders.0.transformer.text_model.embeddings.",), "second text encoder": (f"{_SECOND_ENCODER}token_embedding.",)},
 }
+# Layers of a UNet's attention in those layouts, by which kohya's scripts name them for SDXL.
+_ATTENTION = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A diffusers folder, and a safetensors file of adapters or of a whole UNet that goes onto it. `variant` makes one."""
+    """A diffusers folder, and a safetensors file of adapters or of a whole denoiser that goes onto it. `variant` makes one."""
 
     folder: Path
     addition: Path | None = None
@@ -61,7 +67,7 @@ class Variant:
 
 
 def variant(name: str, locate: Callable[[str], Path]) -> Variant:
-    """The model that `name` says: what `locate` finds, BASE+FILE (adapters, or all of a UNet), or a checkpoint of one file, alone or as BASE+FILE.
+    """The model that `name` says: what `locate` finds, BASE+FILE (adapters, or all of a denoiser), or a checkpoint of one file, alone or as BASE+FILE.
 
     FILE may be a folder that holds pytorch_lora_weights.safetensors. Raises UserError for a file that is missing or not safetensors,
     and for a checkpoint that is not whole.
@@ -99,15 +105,16 @@ def _add(policy: LatentPolicy, file: Path) -> None:
     if any("lora" in key for key in tensors):
         _add_lora(policy, tensors, metadata, file)
         return
-    own, given = policy.unet.state_dict(), {key.removeprefix("unet."): value for key, value in tensors.items()}
+    prefix, words = f"{policy.family.network}.", f"{file} is no denoiser for {policy.folder}"
+    own, given = policy.denoiser.state_dict(), {key.removeprefix(prefix): value for key, value in tensors.items()}
     for name in sorted(own.keys() | given.keys()):
         if name not in given:
-            raise UserError(f"{file} is no UNet for {policy.folder}: it lacks {name}")
+            raise UserError(f"{words}: it lacks {name}")
         if name not in own:
-            raise UserError(f"{file} is no UNet for {policy.folder}, which has no {name}")
+            raise UserError(f"{words}, which has no {name}")
         if own[name].shape != given[name].shape:
-            raise UserError(f"{file} is no UNet for {policy.folder}: {name} has the shape {tuple(given[name].shape)} instead of {tuple(own[name].shape)}")
-    policy.unet.load_state_dict(given)
+            raise UserError(f"{words}: {name} has the shape {tuple(given[name].shape)} instead of {tuple(own[name].shape)}")
+    policy.denoiser.load_state_dict(given)
 
 
 @torch.no_grad()
@@ -117,43 +124,60 @@ def _add_lora(policy: LatentPolicy, tensors: Mapping[str, Tensor], metadata: Map
     Not by diffusers, which goes on without what fits nowhere, gives kohya's attention layers no alpha of their own (0.42),
     and finds no attention layers of a text encoder of transformers 5.
     """
-    layers, alphas = _layers(policy), _alphas(metadata, file)
+    layers, alphas = _layers(policy), _alphas(policy, metadata, file)
     adapters: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         found = _ADAPTER.fullmatch(key)
         name = found["layer"].replace(".", "_") if found else ""
         if not found or name not in layers:
-            raise UserError(f"{file} does not fit {policy.folder}: no layer of the UNet or text encoder takes {key}")
+            raise UserError(f"{file} does not fit {policy.folder}: no layer of its denoiser or text encoders takes {key}")
         adapters.setdefault(name, {})[_PARTS[found["part"]]] = tensor.float()
     for name, adapter in adapters.items():
-        weight = layers[name].weight
+        part, layer = layers[name]
+        weight = layer.weight
         if not {"up", "down"} <= adapter.keys():
             raise UserError(f"{file} holds only a part of the adapter of {name}; fetch the file again")
         up, down = adapter["up"], adapter["down"]
         rank = len(down)
         if up.shape[:2] != (len(weight), rank) or up.numel() != len(weight) * rank or down.numel() != rank * weight[0].numel():
             raise UserError(f"{file} does not fit {policy.folder}: {name} has weights {tuple(weight.shape)}, its adapter {tuple(up.shape)} and {tuple(down.shape)}")
-        alpha = float(adapter.get("alpha", alphas.get(name.split("_")[0], rank)))
+        alpha = float(adapter.get("alpha", alphas.get(part, rank)))
         weight += (alpha / rank * up.flatten(1) @ down.flatten(1)).view(weight.shape).to(weight)
 
 
-def _layers(policy: LatentPolicy) -> dict[str, torch.nn.Module]:
-    """What adapters can sit on, by each name that files have for it, with _ for each dot."""
-    text = policy.encode.text_encoder  # has or has not a `text_model` within, as the version of transformers
-    models = {"unet": policy.unet, "text_encoder": text, "text_encoder_text_model": text, "te_text_model": text}
-    return {
-        f"{prefix}.{name.removeprefix('text_model.')}".replace(".", "_"): layer
-        for prefix, model in models.items()
-        for name, layer in model.named_modules()
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
-    }
+def _layers(policy: LatentPolicy) -> dict[str, tuple[str, Any]]:
+    """What adapters can sit on, and its part of the pipeline, by each name that files have for it, with _ for each dot."""
+    found: dict[str, tuple[str, Any]] = {}
+    encoders, network = policy.encode.text.encoders, policy.family.network
+    for part, model in {network: policy.denoiser, **encoders}.items():
+        number = part.removeprefix("text_encoder").removeprefix("_") or "1"
+        others = (f"{part}_text_model", f"te{number if 'text_encoder_2' in encoders else ''}_text_model")
+        for name, layer in model.named_modules():
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                plain = name.removeprefix("text_model.")  # has or has not a `text_model` within, as the version of transformers
+                names = (plain, _original_name(plain, policy)) if part == "unet" else (plain,)
+                prefixes = (part,) if part == network else (part, *others)
+                found |= {f"{prefix}.{each}".replace(".", "_"): (part, layer) for prefix in prefixes for each in names}
+    return found
 
 
-def _alphas(metadata: Mapping[str, str], file: Path) -> dict[str, float]:
-    """The alpha of "unet" and of "text", where the file says it beside the weights as diffusers does."""
+def _original_name(name: str, policy: LatentPolicy) -> str:
+    """That of a layer of attention in the original layout, where blocks are counted through."""
+    found = _ATTENTION.fullmatch(name)
+    if not found:
+        return name
+    way, block, index, rest = found.groups()
+    if way is None:
+        return f"middle_block.1.{rest}"
+    place = int(block) * (policy.denoiser.config.layers_per_block + 1) + int(index)
+    return f"input_blocks.{place + 1}.1.{rest}" if way == "down" else f"output_blocks.{place}.1.{rest}"
+
+
+def _alphas(policy: LatentPolicy, metadata: Mapping[str, str], file: Path) -> dict[str, float]:
+    """The alpha of each part of the pipeline, where the file says it beside the weights as diffusers does."""
     try:
         config = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
-        alphas = {"unet": config.get("unet.lora_alpha"), "text": config.get("text_encoder.lora_alpha")}
+        alphas = {part: config.get(f"{part}.lora_alpha") for part in (policy.family.network, *policy.encode.text.encoders)}
         alphas = {part: float(alpha) for part, alpha in alphas.items() if alpha is not None}
     except (TypeError, ValueError):
         raise UserError(f"{file} says of its adapters what is no JSON; save them again by diffusers") from None
@@ -166,31 +190,34 @@ def _alphas(metadata: Mapping[str, str], file: Path) -> dict[str, float]:
 def _converted(file: Path, base: Path | None) -> Path:
     """The diffusers folder of a checkpoint of one file, made once in the user's cache; `base` is a folder that has its shape, tokenizer and scheduler."""
     shapes = _shapes(file)
-    for part, signs in _ORIGINAL.items():
+    xl = any(key.startswith(_SECOND_ENCODER) for key in shapes)
+    pipeline = find_family(base).pipeline if base is not None else "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+    if pipeline not in _ORIGINAL:
+        raise UserError(f"{file} goes onto a {pipeline}, of which only folders are read; checkpoints of one file are read of {', '.join(_ORIGINAL)}")
+    for part, signs in _ORIGINAL[pipeline].items():
         if not any(key.startswith(signs) for key in shapes):
             instead = "" if base else f"; if it belongs onto a model, name that before it: BASE+{file.name}"
             raise UserError(f"{file} is not a whole checkpoint in the original layout: it has no {part}{instead}")
     configs = []
     if base is not None:
-        check_pipeline(base)
         configs = [[path.relative_to(base).as_posix(), weights.sha256(path)] for pattern in ("*.json", "*/*.json", "*/*.txt") for path in sorted(base.glob(pattern))]
     digest = hashlib.sha256(json.dumps([weights.sha256(file), configs]).encode()).hexdigest()
     target = cache_folder() / "checkpoints" / digest[:16]
-    ranks.from_main(lambda: (target / "model_index.json").is_file() or _convert(file, shapes, base, target))
+    ranks.from_main(lambda: (target / "model_index.json").is_file() or _convert(file, FAMILIES[pipeline], shapes, base, target))
     return target
 
 
-def _convert(file: Path, shapes: Mapping[str, Any], base: Path | None, target: Path) -> None:
-    from diffusers import StableDiffusionPipeline
+def _convert(file: Path, family: type[Family], shapes: Mapping[str, Any], base: Path | None, target: Path) -> None:
+    import diffusers
 
     instead = f"name a folder of the same shape before it: BASE+{file.name}" if base is None else f"is it of the shape of {base}?"
     try:
         offline = {} if base is None else {"config": str(base), "local_files_only": True}
-        pipeline = StableDiffusionPipeline.from_single_file(str(file), **offline)
+        pipeline = getattr(diffusers, family.pipeline).from_single_file(str(file), **offline)
     except Exception as error:  # diffusers raises whatever its many converters raise
         reason = "weights are missing" if "meta tensor" in str(error) else " ".join(str(error).split()).split(". ")[0][:200]
-        raise UserError(f"{file} cannot be read as a Stable Diffusion checkpoint ({reason}); {instead}") from None
-    for part in ("unet", "vae", "text_encoder"):
+        raise UserError(f"{file} cannot be read as a checkpoint of {family.pipeline} ({reason}); {instead}") from None
+    for part in (part for part in family.parts if not part.startswith("tokenizer")):
         if lacking := [name for name, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]:
             raise UserError(f"{file} lacks {len(lacking)} weights of the {part}, such as {lacking[0]}; {instead}")
     found, wanted = sum(key.startswith(_UNET) for key in shapes), len(pipeline.unet.state_dict())

@@ -15,7 +15,7 @@ from safediffusion.algorithms.update import Learner
 from safediffusion.config import read_toml, resolve
 from safediffusion.cost.forwards import forwards
 from safediffusion.policies.latent import load_policy
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
 from safediffusion.recipe import Recipe, check
 from safediffusion.rewards.callable import CallableReward
 from safediffusion.types import Prompt
@@ -28,6 +28,7 @@ WITHOUT_KL = GRPO | {"benign_kl": 0.0, "unsafe_kl": 0.0}
 CLEAN = {"prompts": 3, "group": 4, "least_spread": 0.0}  # the methods on clean pictures
 SMOOTH = {"reward": {**SIMPLE["reward"], "differentiable": True}}
 FEW = {"prompts": 3, "group": 2}
+DRIFT = {"constraints": [{"cost": "drift", "budget": 0.1}]}
 PAPER = Path(__file__).parents[2] / "safediffusion" / "recipes" / "paper.toml"
 
 
@@ -39,7 +40,7 @@ def spent(tiny_pipeline: Path) -> Callable[[Recipe], float]:
         policy = load_policy(tiny_pipeline, recipe.policy)
         learner = Learner(
             policy=policy,
-            process=Diffusion.from_scheduler(policy.scheduler_config, recipe.process.steps, recipe.process.eta, recipe.process.solver, recipe.process.guidance_range),
+            process=from_scheduler(policy.scheduler_config, recipe.process.steps, recipe.process.eta, recipe.process.solver, recipe.process.guidance_range),
             reward=CallableReward(lambda images, prompts: images.mean((1, 2, 3)), "brightness"),
             optimizer=torch.optim.SGD(policy.parameters(), lr=1e-4),
             accelerator=Accelerator(),
@@ -87,6 +88,9 @@ def spent(tiny_pipeline: Path) -> Callable[[Recipe], float]:
         {**SMOOTH, "algorithm": {"kind": "draft", **FEW, "last": 3}, "process": {"steps": 4, "guidance": 2.0, "guidance_range": [0.3, 1.0]}, "optimizer": {"batch": 5}},
         {**SMOOTH, "algorithm": {"kind": "draft", **FEW, "last": 1, "copies": 2, "times": 2, "recompute": True}, "process": {"steps": 2, "eta": 1.0}},
         {**SMOOTH, "algorithm": {"kind": "refl", **FEW}, "process": {"steps": 3, "guidance": 2.0}},
+        {**DRIFT, "algorithm": {**FORWARD, "explore": [0.0, 1.5]}, "process": {"steps": 5, "guidance": 2.0, "guidance_range": [0.3, 0.7]}},
+        {**DRIFT, "algorithm": {**GRPO, "share_prefix": True, "window": {"start": 2, "length": 1}}, "process": {"steps": 4, "eta": 1.0, "guidance": 2.0}},
+        {**SMOOTH, **DRIFT, "algorithm": {"kind": "draft", **FEW}, "process": {"steps": 3}, "optimizer": {"batch": 5}},
     ],
     ids=[
         "forward",
@@ -118,6 +122,9 @@ def spent(tiny_pipeline: Path) -> Callable[[Recipe], float]:
         "draft-guided",
         "draft-copies",
         "refl",
+        "drift-explore",
+        "drift-shared",
+        "drift-draft",
     ],
 )
 def test_predicted_forwards_are_those_that_are_counted(spent: Callable[[Recipe], float], tables: dict) -> None:

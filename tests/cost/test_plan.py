@@ -55,4 +55,16 @@ def test_a_recipe_whose_model_is_elsewhere_still_says_its_forwards(tmp_path: Pat
     recipe = resolve(Recipe, {**TABLE, "model": "someone/some-model"})
     assert outline(recipe).startswith("26 denoiser forwards per image (10 of the rollout, 16 of training")
     assert "TFLOP" not in outline(recipe)
-    assert "TFLOP per image and about" in outline(resolve(Recipe, TABLE))
+    _, time, memory, fits = outline(resolve(Recipe, TABLE)).splitlines()
+    assert time.endswith("for 5 iterations at 100 TFLOP/s") and "TFLOP per image without the reward" in time
+    assert memory.startswith("about ") and "of memory without the reward: weights " in memory
+    assert fits == "fits a card of 8 GB"
+
+
+def test_a_model_of_a_known_shape_needs_no_weights() -> None:
+    recipe = resolve(Recipe, {**TABLE, "model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "policy": {"dtype": "bfloat16"}, "optimizer": {"batch": 2}})
+    _, time, memory, fits = outline(recipe).splitlines()
+    # 10 forwards of 0.803 TFLOP to paint, 3.1 as much to decode, and 4 x (reference, forward, and a backward of little more than one forward).
+    assert 20 < float(time.split()[0]) < 23
+    assert "weights 2.1 GB" in memory
+    assert fits == "fits a card of 8 GB"

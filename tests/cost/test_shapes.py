@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from safediffusion.bench.shaped import SD15, write_shaped
+from safediffusion.cost.blueprints import BLUEPRINTS, SD15
 from safediffusion.cost.shapes import counted, measure_shapes
+from safediffusion.encoders.clip import ClipEncoder
 from safediffusion.errors import UserError
+from safediffusion.policies.families import FAMILIES
 from safediffusion.policies.latent import PolicySettings, load_policy
 
 
@@ -18,7 +23,7 @@ def test_the_denoiser_of_stable_diffusion_15_has_the_known_size_and_cost() -> No
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15.unet)
+        unet = UNet2DConditionModel(**SD15.parts["unet"])
         inputs = torch.zeros(1, 4, 64, 64), torch.zeros(1, dtype=torch.long), torch.zeros(1, 77, 768)
     assert sum(weight.numel() for weight in unet.parameters()) == 859_520_964
     # Multiplications and additions apart: 0.402 T multiply-adds, which others call 0.402 or 0.803 TFLOP.
@@ -38,20 +43,22 @@ def test_attention_of_the_cpu_is_counted() -> None:
     assert counted(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query)) == 2 * (2 * 6 * 6 * 8) * 2
 
 
-def test_empty_shapes_cost_what_the_real_model_costs(tiny_pipeline: Path) -> None:
-    shapes = measure_shapes(tiny_pipeline, PolicySettings(train="full"))
-    policy = load_policy(tiny_pipeline, PolicySettings(train="full"))
-    policy.unet.set_attn_processor(_plain_attention())  # whose products PyTorch's counter knows on a CPU too
-    inputs = torch.zeros(1, *policy.sample_shape), torch.tensor(500), policy.encode(["a cat"])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        policy.predict(*inputs)
-    assert shapes.forward == counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        policy.decode(inputs[0])
-    assert shapes.decode == counter.get_total_flops()
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium", "flux-dev"])
+def test_empty_shapes_cost_what_the_real_model_costs(small_shape: Callable[[str], Path], name: str) -> None:
+    folder, settings = small_shape(name) / "pipeline", PolicySettings(train="full", image_size=16)
+    shapes, policy = measure_shapes(folder, settings), load_policy(folder, settings)
+    inputs = torch.zeros(1, *policy.sample_shape), torch.tensor(500.0), policy.encode(["a cat"])
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # whose products PyTorch's counter knows on a CPU too
+        with FlopCounterMode(display=False) as counter:
+            policy.predict(*inputs)
+        assert shapes.forward == counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            policy.decode(inputs[0])
+        assert shapes.decode == counter.get_total_flops()
     assert shapes.trained == shapes.parameters == sum(weight.numel() for weight in policy.parameters())
-    held = [*policy.unet.parameters(), *policy.vae.parameters(), *policy.encode.text_encoder.parameters()]
-    assert shapes.weights == sum(weight.nbytes for weight in held)
+    encoders = [weight for encoder in policy.encode.text.encoders.values() for weight in encoder.parameters()]
+    held = [*policy.denoiser.parameters(), *policy.denoiser.buffers(), *policy.vae.parameters(), *encoders]
+    assert shapes.weights + shapes.text == sum(weight.nbytes for weight in held)
 
 
 def test_adapters_are_cheaper_to_train(tiny_pipeline: Path) -> None:
@@ -78,21 +85,31 @@ def test_counting_draws_no_random_number(tiny_pipeline: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_folder_of_a_shaped_model_trains(tmp_path: Path, small_shape) -> None:
-    folder = write_shaped(tmp_path / "small", small_shape)
-    shapes = measure_shapes(folder / "pipeline", PolicySettings(train="full"))
-    policy = load_policy(folder / "pipeline", PolicySettings(train="full"))
-    assert shapes.parameters == sum(weight.numel() for weight in policy.parameters())
-    assert policy.encode(["a cat"]).shape[1] == 77
+@pytest.mark.parametrize("name", ["sdxl", "sd35-medium"])
+def test_the_folder_of_a_shaped_model_trains(small_shape: Callable[[str], Path], name: str) -> None:
+    policy = load_policy(small_shape(name) / "pipeline", PolicySettings(lora_rank=2, image_size=16))
+    policy.predict(torch.ones(1, *policy.sample_shape), torch.tensor(500.0), policy.encode(["a cat"])).square().mean().backward()
+    assert any(weight.grad is not None and weight.grad.any() for weight in policy.parameters())
+    assert ClipEncoder.load(small_shape(name) / "reward").text(["a cat"]).shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "parameters"),
+    [
+        ("sd21", "UNet2DConditionModel", 865_910_724),
+        ("sdxl", "UNet2DConditionModel", 2_567_463_684),
+        ("sd35-medium", "SD3Transformer2DModel", 2_243_171_520),
+        ("flux-dev", "FluxTransformer2DModel", 11_901_408_320),
+    ],
+)
+def test_blueprints_have_the_published_sizes(name: str, kind: str, parameters: int) -> None:
+    blueprint = BLUEPRINTS[name]
+    with torch.device("meta"):
+        network = getattr(diffusers, kind)(**blueprint.parts[FAMILIES[blueprint.pipeline].network])
+    assert sum(weight.numel() for weight in network.parameters()) == parameters
 
 
 def test_another_pipeline_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(UserError, match="FluxPipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
+    with pytest.raises(UserError, match="SanaPipeline"):
         measure_shapes(tmp_path, PolicySettings())
-
-
-def _plain_attention():
-    from diffusers.models.attention_processor import AttnProcessor
-
-    return AttnProcessor()

@@ -211,7 +211,7 @@ def test_wrapped_network_is_the_one_that_runs(tiny_pipeline: Path, latents: Tens
     class Wrapped(torch.nn.Module):
         def forward(self, *arguments: Any, **options: Any) -> Any:
             calls.append(len(arguments[0]))
-            return policy.unet(*arguments, **options)
+            return policy.denoiser(*arguments, **options)
 
     policy.network = Wrapped()
     predict(policy, latents, guidance=2.0)

@@ -34,7 +34,7 @@ def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "sentence"),
     [
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline; supported is StableDiffusionPipeline"),
+        ("model_index.json", {"_class_name": "SanaPipeline"}, "is a SanaPipeline; supported are StableDiffusionPipeline"),
         ("model_index.json", {"unet": ["diffusers", "UNet1DModel"]}, "has UNet1DModel as unet; supported is UNet2DConditionModel"),
         ("unet/config.json", {"cross_attention_dim": 64}, "mismatched weights, such as down_blocks.1.attentions.0"),
         ("unet/config.json", {"layers_per_block": 2}, "missing weights, such as"),
@@ -83,7 +83,7 @@ def test_parts_of_different_models(tiny_pipeline: Path, tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_fit_the_model(tiny_pipeline: Path) -> None:
-    assert "no layer of the UNet is called 'to_qq'" in refusal(tiny_pipeline, PolicySettings(lora_targets=("to_k", "to_qq")))
+    assert "no layer of the denoiser is called 'to_qq'" in refusal(tiny_pipeline, PolicySettings(lora_targets=("to_k", "to_qq")))
     assert "['to_q', 'norm1'] are not all linear" in refusal(tiny_pipeline, PolicySettings(lora_targets=("to_q", "norm1")))
     assert "image_size = 33 is not a multiple of 4" in refusal(tiny_pipeline, PolicySettings(image_size=33))
     assert load_policy(tiny_pipeline, PolicySettings(image_size=64)).sample_shape == (4, 16, 16)

@@ -17,7 +17,7 @@ from safediffusion.cost.shapes import measure_shapes
 from safediffusion.errors import UserError
 from safediffusion.hub import EMBEDDED, resolve_part
 from safediffusion.policies.latent import PolicySettings, load_policy
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
 from safediffusion.rollout import roll_out, sketch_shift
 from safediffusion.tiny.pairs import render_pairs
 from safediffusion.train.log import read_jsonl
@@ -105,7 +105,7 @@ def test_the_reward_sees_the_tiny_one_and_people_the_whole_one(taught: Path) -> 
         torch.testing.assert_close(policy.sketch(latents), (tiny.decode(latents).sample / 2 + 0.5).clamp(0, 1))
         assert torch.equal(policy.decode(latents), whole.decode(latents))
         assert torch.equal(whole.sketch(latents), whole.decode(latents))
-    process = Diffusion.from_scheduler(policy.scheduler_config, 4)
+    process = from_scheduler(policy.scheduler_config, 4)
     rolled = roll_out(policy, process, Redness(), PROMPTS, 2, 1.0, torch.Generator().manual_seed(2))
     with torch.no_grad():
         torch.testing.assert_close(rolled.scores.total, Redness()(policy.sketch(rolled.walk.clean), rolled.prompts).total)
@@ -114,7 +114,7 @@ def test_the_reward_sees_the_tiny_one_and_people_the_whole_one(taught: Path) -> 
 def test_what_it_does_to_the_reward_is_measured(taught: Path) -> None:
     def found(name: str | None, batch: int = 0) -> dict[str, float]:
         policy = load_policy(EMBEDDED / "pipeline", PolicySettings(tiny_vae=name))
-        process = Diffusion.from_scheduler(policy.scheduler_config, 4)
+        process = from_scheduler(policy.scheduler_config, 4)
         return sketch_shift(policy, process, Redness(), PROMPTS, 8, 1.0, torch.Generator().manual_seed(3), batch)
 
     assert found(None) == pytest.approx({"shift": 0.0, "spread": 0.0, "agreement": 1.0, "pictures": 16})

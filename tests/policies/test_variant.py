@@ -94,14 +94,14 @@ def test_our_adapters_give_what_the_exported_pipeline_gives(tmp_path: Path) -> N
     torch.testing.assert_close(output(loaded), output(policy))
     torch.testing.assert_close(output(loaded), output(load_policy(tmp_path / "merged", AS_IT_IS)))
     assert (output(loaded) - output(base())).abs().max() > 0.01
-    assert loaded.unet.state_dict().keys() == base().unet.state_dict().keys()  # merged: nothing is left beside the weights
+    assert loaded.denoiser.state_dict().keys() == base().denoiser.state_dict().keys()  # merged: nothing is left beside the weights
     assert loaded.decode(torch.zeros(1, *loaded.sample_shape)).shape == (1, 3, 32, 32)
     again = named(f"pictograms+{tmp_path / 'lora' / 'pytorch_lora_weights.safetensors'}").load()
     assert torch.equal(output(again), output(loaded))
 
 
 def test_adapters_of_unet_and_text_encoder_give_what_diffusers_gives(tmp_path: Path) -> None:
-    text, (unet_part, _) = base().encode.text_encoder, kohya(base().unet, "lora_unet", ("to_q", "to_k", "to_v", "to_out.0"), lambda _: 1.0)
+    text, (unet_part, _) = base().encode.text.encoders["text_encoder"], kohya(base().denoiser, "lora_unet", ("to_q", "to_k", "to_v", "to_out.0"), lambda _: 1.0)
     text_part, _ = kohya(text, "lora_te_text_model", ("fc1",), lambda _: 4.0)  # diffusers 0.42 misses the attention layers
     save_file(unet_part | text_part, tmp_path / "style.safetensors")
     loaded = named(f"pictograms+{tmp_path / 'style.safetensors'}").load()
@@ -117,13 +117,13 @@ def test_adapters_of_unet_and_text_encoder_give_what_diffusers_gives(tmp_path: P
 
 
 def test_every_layer_has_an_alpha_of_its_own(tmp_path: Path) -> None:
-    tensors, added = kohya(base().unet, "lora_unet", ("to_q", "to_v", "conv1", "proj_in", "ff.net.2"), lambda name: 0.5 if name.endswith("to_q") else 3.0)
-    text = base().encode.text_encoder
+    tensors, added = kohya(base().denoiser, "lora_unet", ("to_q", "to_v", "conv1", "proj_in", "ff.net.2"), lambda name: 0.5 if name.endswith("to_q") else 3.0)
+    text = base().encode.text.encoders["text_encoder"]
     text_tensors, text_added = kohya(text, "lora_te_text_model", ("q_proj", "out_proj"), lambda name: 1.0 if name.endswith("q_proj") else 2.0)
     save_file(tensors | text_tensors, tmp_path / "style.safetensors")
     loaded = named(f"pictograms+{tmp_path / 'style.safetensors'}").load()
     assert (len(added) > 20, len(text_added)) == (True, 4)
-    for before, after, change in ((base().unet, loaded.unet, added), (text, loaded.encode.text_encoder, text_added)):
+    for before, after, change in ((base().denoiser, loaded.denoiser, added), (text, loaded.encode.text.encoders["text_encoder"], text_added)):
         for name, weight in before.state_dict().items():
             layer, _, kind = name.rpartition(".")
             torch.testing.assert_close(after.state_dict()[name], weight + change.get(layer, 0.0) if kind == "weight" else weight)
@@ -136,16 +136,16 @@ def test_adapters_without_an_alpha_are_added_as_they_are(tmp_path: Path) -> None
         layer = "encoder.layers.0.self_attn.q_proj"
         save_file({f"{prefix}.{layer}.lora_A.weight": down, f"{prefix}.{layer}.lora_B.weight": up}, tmp_path / "one.safetensors")
         policy = named(f"pictograms+{tmp_path / 'one.safetensors'}").load()
-        before, after = (each.encode.text_encoder.get_submodule(layer).weight.detach() for each in (base(), policy))
+        before, after = (each.encode.text.encoders["text_encoder"].get_submodule(layer).weight.detach() for each in (base(), policy))
         torch.testing.assert_close(after, before + up.float() @ down.float())
-        assert torch.equal(policy.unet.conv_in.weight, base().unet.conv_in.weight)
+        assert torch.equal(policy.denoiser.conv_in.weight, base().denoiser.conv_in.weight)
 
 
 def test_adapters_of_another_model(tiny_pipeline: Path, tmp_path: Path) -> None:
     load_policy(tiny_pipeline, LORA).save_lora(tmp_path / "other")
     assert "attentions_0_transformer_blocks_0_attn1_to_k has weights (104, 104), its adapter (64, 4) and (4, 64)" in refusal(f"pictograms+{tmp_path / 'other'}")
     save_file({"unet.down_blocks.7.to_q.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "larger.safetensors")
-    assert "no layer of the UNet or text encoder takes unet.down_blocks.7.to_q.lora_A.weight" in refusal(f"pictograms+{tmp_path / 'larger.safetensors'}")
+    assert "no layer of its denoiser or text encoders takes unet.down_blocks.7.to_q.lora_A.weight" in refusal(f"pictograms+{tmp_path / 'larger.safetensors'}")
 
 
 KEY = "lora_unet_mid_block_attentions_0_proj_in"
@@ -217,6 +217,8 @@ def original(folder: Path) -> Tensors:
     ends = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_in": "input_blocks.0.0",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
@@ -249,7 +251,36 @@ def original(folder: Path) -> Tensors:
 
     found = {f"model.diffusion_model.{of_unet(name)}": value for name, value in unet.items()}
     found |= {f"first_stage_model.{of_vae(name)}": value for name, value in vae.items()}
-    return found | {f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}": value for name, value in text.items()}
+    xl = (folder / "text_encoder_2").is_dir()
+    first = "conditioner.embedders.0" if xl else "cond_stage_model"
+    found |= {f"{first}.transformer.text_model.{name.removeprefix('text_model.')}": value for name, value in text.items()}
+    return found | ({f"conditioner.embedders.1.model.{name}": value for name, value in open_clip(folder).items()} if xl else {})
+
+
+def open_clip(folder: Path) -> Tensors:
+    """The second text encoder of a folder by the names of OpenCLIP."""
+    tensors = load_file(folder / "text_encoder_2" / "model.safetensors")
+    tensors = {name.removeprefix("text_model."): value for name, value in tensors.items()}
+    words = {
+        "encoder.layers": "transformer.resblocks",
+        "layer_norm": "ln_",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "self_attn": "attn",
+        "final_ln_": "ln_final",
+        "embeddings.token": "token",
+        "embeddings.position_embedding.weight": "positional_embedding",
+    }
+    found: Tensors = {"text_projection": tensors.pop("text_projection.weight").T.contiguous()}
+    for name in list(tensors):
+        if ".q_proj." in name:
+            joined = torch.cat([tensors.pop(name.replace(".q_proj.", f".{letter}_proj.")) for letter in "qkv"])
+            tensors[name.replace(".q_proj.", ".in_proj_")] = joined
+    for name, value in tensors.items():
+        for new, old in words.items():
+            name = name.replace(new, old)
+        found[name] = value
+    return found
 
 
 def test_checkpoint_of_one_file_gives_the_pictures_of_its_folder(tmp_path: Path) -> None:
@@ -345,3 +376,70 @@ def test_what_is_missing(tmp_path: Path) -> None:
     assert refusal(str(tmp_path / "nothing.safetensors")).endswith("does not exist")
     assert f"name that before it: BASE+{UNET.name}" in refusal(str(UNET))
     assert "nowhere does not exist" in refusal(f"./nowhere+{UNET}")
+
+
+# Stable Diffusion XL
+
+
+@torch.no_grad()
+def changed(folder: Path, settings: PolicySettings) -> LatentPolicy:
+    """A policy of the folder whose trained weights are others."""
+    policy, generator = load_policy(folder, settings), torch.Generator().manual_seed(3)
+    policy.load_state({name: weight + 0.05 * torch.randn(weight.shape, generator=generator) for name, weight in policy.state().items()})
+    return policy
+
+
+def test_adapters_and_denoisers_of_stable_diffusion_xl(diffusing: Callable[[str], Path], tmp_path: Path) -> None:
+    base, policy = diffusing("sdxl"), changed(diffusing("sdxl"), LORA)
+    policy.save_lora(tmp_path / "lora")
+    policy.save_pipeline(tmp_path / "merged")
+    shutil.copy(tmp_path / "merged" / "unet" / UNET.name, tmp_path / "unet.safetensors")
+    for addition in ("lora", "unet.safetensors"):
+        loaded = named(f"{base}+{tmp_path / addition}").load()
+        torch.testing.assert_close(output(loaded), output(policy))
+        assert (output(loaded) - output(load_policy(base, AS_IT_IS))).abs().max() > 0.01
+
+
+def test_kohyas_adapters_of_stable_diffusion_xl(diffusing: Callable[[str], Path], tmp_path: Path) -> None:
+    """Which call the layers of the UNet as the original code does, and number the text encoders."""
+    folder = diffusing("sdxl")
+    before = load_policy(folder, AS_IT_IS)
+    layers, added = ("attn1.to_q", "attn2.to_k", "proj_in", "ff.net.2"), {}
+    tensors, added["unet"] = kohya(before.denoiser, "lora_unet", layers, lambda _: 1.0)
+    for number, part in ((1, "text_encoder"), (2, "text_encoder_2")):
+        more, added[part] = kohya(before.encode.text.encoders[part], f"lora_te{number}_text_model", ("q_proj", "fc1"), lambda _: 3.0)
+        tensors |= {key.replace("text_model_text_model", "text_model"): value for key, value in more.items()}
+    places = {"down_blocks_1_attentions_0": "input_blocks_3_1", "up_blocks_0_attentions_0": "output_blocks_0_1", "up_blocks_0_attentions_1": "output_blocks_1_1"}
+    places["mid_block_attentions_0"] = "middle_block_1"
+    for ours, theirs in places.items():
+        tensors = {key.replace(ours, theirs): value for key, value in tensors.items()}
+    assert sum("_blocks_" in key and "attentions" in key for key in tensors) == 0
+    save_file(tensors, tmp_path / "style.safetensors")
+    after = named(f"{folder}+{tmp_path / 'style.safetensors'}").load()
+    for part, one, other in (
+        ("unet", before.denoiser, after.denoiser),
+        *((part, before.encode.text.encoders[part], after.encode.text.encoders[part]) for part in ("text_encoder", "text_encoder_2")),
+    ):
+        assert len(added[part]) >= 4
+        for name, weight in one.state_dict().items():
+            layer, _, kind = name.rpartition(".")
+            torch.testing.assert_close(other.state_dict()[name], weight + added[part].get(layer, 0.0) if kind == "weight" else weight)
+
+
+def test_checkpoint_of_one_file_of_stable_diffusion_xl(diffusing: Callable[[str], Path], tmp_path: Path) -> None:
+    base, file = diffusing("sdxl-square"), tmp_path / "model.safetensors"
+    changed(base, PolicySettings(train="full")).save_pipeline(tmp_path / "other")
+    tensors = original(tmp_path / "other")
+    save_file(tensors, file)
+    loaded, wanted = named(f"{base}+{file}").load(), load_policy(tmp_path / "other", AS_IT_IS)
+    assert torch.equal(loaded.encode(TEXTS), wanted.encode(TEXTS))
+    assert torch.equal(output(loaded), output(wanted))
+    assert "name a folder of the same shape before it: BASE+model.safetensors" in refusal(str(file))
+    assert "it has no text encoder" in refusal(f"pictograms+{file}")
+    save_file({name: value for name, value in tensors.items() if not name.startswith("conditioner.embedders.1")}, file)
+    assert "it has no second text encoder" in refusal(f"{base}+{file}")
+
+
+def test_checkpoint_of_one_file_of_a_family_that_is_only_read_from_folders(flowing: Callable[[str], Path], tmp_path: Path) -> None:
+    save_file({"model.diffusion_model.x_embedder.proj.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert "checkpoints of one file are read of StableDiffusionPipeline, StableDiffusionXLPipeline" in refusal(f"{flowing('sd3-no-t5')}+{tmp_path / 'model.safetensors'}")

@@ -1,0 +1,74 @@
+"""Where the memory of a run goes, and which cards have so much."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from safediffusion.cost.forwards import Forwards
+from safediffusion.cost.shapes import Shapes
+from safediffusion.recipe import Recipe
+
+_CARDS = (8, 12, 16, 24, 32, 48, 80, 141)  # GB of memory of usual cards
+_GB = 2**30  # what makers of cards call so
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of a run on one device, about, without its reward. All but `encoding` lie there together."""
+
+    weights: float  # of the denoiser, its adapters, and the autoencoder
+    encoders: float  # of text encoders that are kept
+    learning: float  # gradients, Adam's two moments, the average
+    base: float  # of the second denoiser that full training compares with
+    pictures: float  # the graph of a batch, or its widest place in the decoder where that is more
+    latents: float  # of a rollout
+    encoding: float  # of text encoders that are dropped, alone on the device while they encode
+
+    @property
+    def training(self) -> float:
+        return sum(dataclasses.astuple(self)) - self.encoding
+
+    @property
+    def bytes(self) -> float:
+        return max(self.training, self.encoding)
+
+    @property
+    def card(self) -> int | None:
+        """GB of the smallest usual card that it fits; None where none does.
+
+        While it trains a tenth is left for what the allocator cannot use, and 2.5 GB for the driver and a reward of the size of CLIP ViT-L/14.
+        """
+        needed = max(1.1 * self.training + 2.5e9, self.encoding + 1.5e9)
+        return next((card for card in _CARDS if needed <= card * _GB), None)
+
+    def __str__(self) -> str:
+        named = {"text encoders": self.encoders, "learning": self.learning, "base": self.base, "pictures": self.pictures, "latents": self.latents}
+        parts = ", ".join([f"weights {spelled_bytes(self.weights)}", *(f"{name} {spelled_bytes(count)}" for name, count in named.items() if count >= 5e7)])
+        before = f"; text encoders alone beforehand {spelled_bytes(self.encoding)}" if self.encoding >= 5e7 else ""
+        return f"about {spelled_bytes(self.bytes)} of memory without the reward: {parts}{before}"
+
+
+def room(recipe: Recipe, counts: Forwards, shapes: Shapes) -> Room:
+    """That of a recipe on a model of these shapes."""
+    options, batch = recipe.policy, min(recipe.optimizer.batch or counts.images, counts.images)
+    decoded = 1 if options.vae_tile else batch
+    return Room(
+        weights=shapes.weights,
+        encoders=shapes.text if options.text_encoders == "keep" else 0,
+        learning=shapes.trained * 4 * (4 if recipe.optimizer.ema else 3),
+        base=shapes.base if options.train == "full" and counts.reference else 0,
+        pictures=max(batch * shapes.activations, decoded * shapes.decoding),
+        latents=remembered(recipe, counts, shapes.latent),
+        encoding=shapes.text if options.text_encoders == "drop" else 0,
+    )
+
+
+def remembered(recipe: Recipe, counts: Forwards, latent: int) -> int:
+    """Bytes of the latents of a rollout: methods with log-probabilities keep those of every step."""
+    kept = recipe.process.steps + 1 if recipe.algorithm.card.log_probs else 1
+    return counts.images * kept * 4 * latent
+
+
+def spelled_bytes(count: float) -> str:
+    return f"{count / 1e9:.0f} GB" if count >= 1e10 else f"{count / 1e9:.1f} GB"

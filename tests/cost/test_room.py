@@ -1,0 +1,51 @@
+"""Where memory goes: by hand, and that each setting for large models takes away what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from safediffusion.config import resolve
+from safediffusion.cost.forwards import Forwards
+from safediffusion.cost.room import Room, room
+from safediffusion.cost.shapes import Shapes, measure_shapes
+from safediffusion.policies.latent import PolicySettings
+from safediffusion.recipe import Recipe
+
+COUNTS = Forwards(images=16, rollout=0, trained=0, reference=0)
+SHAPES = Shapes(latent=100, parameters=0, trained=10**7, forward=0, backward=0, decode=0, weights=10**10, text=2 * 10**10, base=0, activations=10**9, decoding=3 * 10**9)
+TABLE = {"model": "pictograms", "steps": 5, "reward": {"kind": "similarity", "encoder": "pictograms"}, "optimizer": {"batch": 4}}
+
+
+def taken(**policy: object) -> Room:
+    return room(resolve(Recipe, {**TABLE, "policy": policy}), COUNTS, SHAPES)
+
+
+def test_what_lies_together_and_what_comes_before() -> None:
+    kept, dropped, tiled = taken(), taken(text_encoders="drop"), taken(text_encoders="drop", vae_tile=512)
+    assert kept.bytes == 1e10 + 2e10 + 12e7 + 4 * 3e9 + 16 * 4 * 100
+    assert dropped.training == kept.bytes - 2e10
+    assert (dropped.bytes, dropped.encoding) == (dropped.training, 2e10)
+    assert tiled.training == dropped.training - 4 * 3e9 + 4 * 1e9  # the graph of four is now wider than the decoder of one
+    assert tiled.bytes == 2e10
+    assert [each.card for each in (kept, dropped, tiled)] == [48, 32, 24]
+    assert taken(text_encoders="drop", train="full").learning == 3 * 4 * SHAPES.trained
+    assert str(tiled) == "about 20 GB of memory without the reward: weights 10 GB, learning 0.1 GB, pictures 4.0 GB; text encoders alone beforehand 20 GB"
+
+
+def test_no_card_is_promised_for_what_is_too_large() -> None:
+    assert Room(weights=1e12, encoders=0, learning=0, base=0, pictures=0, latents=0, encoding=0).card is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpointing_keeps_what_goes_into_blocks_and_costs_a_forward(tiny_pipeline: Path, dtype: str) -> None:
+    plain, saving = (measure_shapes(tiny_pipeline, PolicySettings(dtype=dtype, gradient_checkpointing=on)) for on in (False, True))
+    assert saving.activations < 0.7 * plain.activations
+    assert saving.backward == plain.backward + plain.forward
+    assert saving.forward == plain.forward
+
+
+def test_tiles_take_their_share_of_the_decoder(tiny_pipeline: Path) -> None:
+    whole, tiles = (measure_shapes(tiny_pipeline, PolicySettings(image_size=128, vae_tile=tile)).decoding for tile in (None, 64))
+    assert tiles == whole // 4

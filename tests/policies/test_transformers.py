@@ -1,0 +1,186 @@
+"""Flow transformers as policies, SD3's and FLUX's, against diffusers' own pipelines on the same folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from safediffusion.cli.app import main
+from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
+from safediffusion.policies.variant import variant
+from safediffusion.process import from_scheduler
+from safediffusion.process.flow import tokens_in
+from safediffusion.rollout import walk
+
+NAMES = ["sd3", "sd3-no-t5", "flux-dev", "flux-schnell"]
+TEXTS = ["a red cat", "a blue dog in a kitchen"]
+TIME = torch.tensor([977.5, 20.25])
+LORA, FULL = PolicySettings(lora_rank=4, lora_alpha=8.0, image_size=32), PolicySettings(train="full", image_size=32)
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A folder, and what diffusers makes of it."""
+
+    folder: Path
+    flux: bool
+    t5: bool
+
+    def load(self, folder: Path | None = None) -> Any:
+        from diffusers import FluxPipeline, StableDiffusion3Pipeline
+
+        missing = {} if self.t5 else {"text_encoder_3": None, "tokenizer_3": None}
+        pipeline = (FluxPipeline if self.flux else StableDiffusion3Pipeline).from_pretrained(folder or self.folder, **missing)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def paint(self, pipeline: Any, latents: Tensor, steps: int, guidance: float, **options: Any) -> Any:
+        """Clean latents, or pictures, of TEXTS from these initial latents."""
+        length = {"max_sequence_length": 16} if self.t5 else {}
+        if self.flux:
+            latents = pipeline._pack_latents(latents, *latents.shape)
+            options |= {"true_cfg_scale": guidance, "negative_prompt": [""] * len(TEXTS), "guidance_scale": 3.5, "height": 32, "width": 32}
+        else:
+            options |= {"guidance_scale": guidance}
+        images = pipeline(TEXTS, latents=latents, num_inference_steps=steps, **length, **options).images
+        return pipeline._unpack_latents(images, 32, 32, pipeline.vae_scale_factor) if self.flux and options["output_type"] == "latent" else images
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def oracle(request: pytest.FixtureRequest, flowing: Callable[[str], Path]) -> Oracle:
+    return Oracle(flowing(request.param), request.param.startswith("flux"), request.param != "sd3-no-t5")
+
+
+@pytest.fixture(scope="module")
+def latents() -> Tensor:
+    return torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def predict(policy: LatentPolicy, latents: Tensor, guidance: float = 1.0) -> Tensor:
+    with torch.no_grad():
+        return policy.predict(latents, TIME, policy.encode(TEXTS), guidance)
+
+
+def painted(policy: LatentPolicy, latents: Tensor, steps: int, guidance: float) -> Tensor:
+    process = from_scheduler(policy.scheduler_config, steps, eta=0.0, tokens=tokens_in(policy.sample_shape))
+    return walk(policy, process, policy.encode(TEXTS), latents, guidance).clean
+
+
+def train_a_step(policy: LatentPolicy, latents: Tensor) -> None:
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    for _ in range(2):  # the first step moves only one of the two LoRA matrices
+        policy.predict(latents, TIME, policy.encode(TEXTS)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+def test_deterministic_sampler_is_that_of_the_pipeline(oracle: Oracle, latents: Tensor) -> None:
+    policy, pipeline = load_policy(oracle.folder, LORA), oracle.load()
+    for guidance in (1.0, 4.0):
+        clean = painted(policy, latents, 5, guidance)
+        assert apart(clean, oracle.paint(pipeline, latents, 5, guidance, output_type="latent")) < 1e-5
+        assert apart(clean, latents) > 0.5
+    with torch.no_grad():
+        assert apart(policy.decode(clean), oracle.paint(pipeline, latents, 5, 4.0, output_type="pt")) < 1e-5
+
+
+def test_every_projection_of_attention_is_adapted(oracle: Oracle) -> None:
+    policy = load_policy(oracle.folder, LORA)
+    adapted = {name.rpartition(".lora_A")[0] for name in policy.trained if "lora_A" in name}
+    attention = {
+        name for name, layer in policy.denoiser.named_modules() if "attn" in name and isinstance(layer, torch.nn.Linear) and "lora" not in name and "norm" not in name
+    }
+    assert adapted == {name.removesuffix(".base_layer") for name in attention}
+    assert any("add_q_proj" in name for name in adapted)
+
+
+@pytest.mark.parametrize("settings", [FULL, LORA], ids=["full", "lora"])
+def test_saved_models_paint_the_same_in_diffusers(oracle: Oracle, settings: PolicySettings, latents: Tensor, tmp_path: Path) -> None:
+    policy = load_policy(oracle.folder, settings)
+    before = predict(policy, latents)
+    train_a_step(policy, latents)
+    assert apart(predict(policy, latents), before) > 1e-3
+    with policy.reference():
+        assert torch.equal(predict(policy, latents), before)
+    ours = painted(policy, latents, 3, 4.0)
+    policy.save_pipeline(tmp_path / "saved")
+    assert apart(oracle.paint(oracle.load(tmp_path / "saved"), latents, 3, 4.0, output_type="latent"), ours) < 1e-4
+    if settings.train == "lora":
+        policy.save_lora(tmp_path / "lora")
+        pipeline = oracle.load()
+        pipeline.load_lora_weights(tmp_path / "lora")
+        assert apart(oracle.paint(pipeline, latents, 3, 4.0, output_type="latent"), ours) < 1e-4
+        again = variant(f"{oracle.folder}+{tmp_path / 'lora'}", Path).load()
+        assert apart(predict(again, latents), predict(policy, latents)) < 1e-4
+
+
+def test_bfloat16_computes_in_bfloat16_and_trains_in_float32(oracle: Oracle, latents: Tensor) -> None:
+    exact = predict(load_policy(oracle.folder, LORA), latents)
+    policy = load_policy(oracle.folder, PolicySettings(dtype="bfloat16", gradient_checkpointing=True, image_size=32))
+    rough = predict(policy, latents)
+    assert 0 < apart(rough, exact) < 0.1 * exact.abs().max()
+    with policy.reference():
+        assert torch.equal(predict(policy, latents), rough)
+    train_a_step(policy, latents)
+    assert all(weight.dtype == torch.float32 for weight in policy.parameters())
+    assert not torch.equal(predict(policy, latents), rough)
+
+
+def test_gradient_checkpointing_changes_no_gradient(oracle: Oracle, latents: Tensor) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        policy = load_policy(oracle.folder, PolicySettings(train="full", gradient_checkpointing=checkpointing, image_size=32))
+        policy.predict(latents, TIME, policy.encode(TEXTS)).square().mean().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in policy.parameters() if weight.grad is not None]))
+    torch.testing.assert_close(*gradients)
+
+
+RECIPE = """
+model = "{model}"
+steps = 1
+[policy]
+image_size = 32
+lora_rank = 2
+[process]
+steps = 3
+guidance = 2.0
+eta = {eta}
+[reward]
+kind = "similarity"
+encoder = "pictograms"
+[algorithm]
+{algorithm}
+prompts = 2
+group = 2
+[data]
+safe = "{prompts}"
+unsafe = ""
+[probe]
+every = 0
+[log]
+checkpoint_every = 1
+"""
+ALGORITHMS = {"grpo": ('kind = "grpo"\nwindow.length = 1', 1.0), "forward": ('kind = "forward"\ntimes = 2', 0.0)}  # with their eta
+
+
+@pytest.mark.parametrize("kind", ALGORITHMS)
+def test_the_ordinary_command_trains_it(oracle: Oracle, kind: str, tmp_path: Path) -> None:
+    recipe, prompts, run = tmp_path / "recipe.toml", tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("\n".join(TEXTS))
+    algorithm, eta = ALGORITHMS[kind]
+    recipe.write_text(RECIPE.format(model=oracle.folder, prompts=prompts, algorithm=algorithm, eta=eta))
+    assert main(["train", str(recipe), "--out", str(run)]) == 0
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["grad_norm"] > 0
+    assert oracle.load(run / "model").transformer.config.num_layers > 0
