@@ -27,7 +27,7 @@ class Method:
     recipes: tuple[str, ...]  # that ship with the package or the repository; an entrant of a study after a #
 
 
-HEADS = ("method", "technique", "feedback", "needs", "policy", "safety by", "forwards", "paper", "file", "recipes")
+HEADS = ("method", "technique", "feedback", "needs", "policy", "safety", "forwards", "learns from", "restraint", "safety enters by", "paper", "file", "recipes")
 
 
 def methods() -> tuple[Method, ...]:
@@ -43,7 +43,8 @@ def cells(method: Method) -> tuple[str, ...]:
     needs = [words for needed, words in ((card.log_probs, "log-probs"), (card.reward_gradient, "reward gradient"), (card.pairs, "pairs")) if needed]
     cost = "-" if method.forwards is None else f"{method.forwards:.4g}"
     policy = "on-policy" if card.on_policy else "off-policy"
-    return method.kind, card.technique, card.feedback, ", ".join(needs) or "-", policy, card.safety, cost, card.paper, card.file, ", ".join(method.recipes) or "-"
+    short = method.kind, card.technique, ", ".join(card.feedback), ", ".join(needs) or "-", policy, " or ".join(card.safety), cost
+    return *short, card.signal, ", ".join(card.restraint), card.enters, card.paper, card.file, ", ".join(method.recipes) or "-"
 
 
 def markdown(rows: tuple[Method, ...]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import safediffusion
+from safediffusion.algorithms.card import Card
 from safediffusion.config import read_toml
 from safediffusion.methods import HEADS, as_json, cells, markdown, methods
 from safediffusion.recipe import Recipe
@@ -23,6 +24,19 @@ def test_every_algorithm_of_a_recipe_has_a_row_with_its_cost_paper_and_file() ->
         assert f"{row.kind}.py" == Path(row.card.file).name
         assert len(cells(row)) == len(HEADS)
     assert len({row.card.paper for row in rows}) == len(rows)
+
+
+def test_cards_speak_in_the_terms_of_the_survey() -> None:
+    terms = {name: set(get_args(get_args(kind)[0])) for name, kind in get_type_hints(Card).items() if name in ("feedback", "restraint", "safety")}
+    for row in methods():
+        card = row.card
+        assert card.technique in get_args(get_type_hints(Card)["technique"])
+        assert all(getattr(card, name) and set(getattr(card, name)) <= known for name, known in terms.items())
+        assert {"human", "automated"} & set(card.feedback)
+        assert ("ranked" in card.feedback) >= card.pairs
+    rows = {row.kind: dict(zip(HEADS, cells(row), strict=True)) for row in methods()}
+    assert (rows["dpo"]["feedback"], rows["dpo"]["safety"]) == ("human, automated, ranked", "constraint or preference")
+    assert (rows["kto"]["feedback"], rows["grpo"]["restraint"]) == ("automated, binary", "KL to the base, clipped ratio")
 
 
 def test_the_cost_is_that_of_the_defaults() -> None:

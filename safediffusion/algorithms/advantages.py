@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from safediffusion.errors import UserError
+from safediffusion.rollout import DRIFT
 from safediffusion.types import Prompt, Scores
 
 # What the scores `(P, K)` of a rollout, known by their name, are compared with: their mean and spread, `(P, 1)` each.
@@ -73,10 +74,10 @@ def unlikeness(scores: Scores, group: int, slack: float) -> Tensor:
 
 
 def reward_metrics(prompts: Sequence[Prompt], scores: Scores, gain: Advantages) -> dict[str, float]:
-    """Mean scores of a rollout: the total, its parts, and the total of each prompt class that occurs."""
+    """Mean scores of a rollout: the total, its parts, and the total of each prompt class that occurs. The drift is none of the reward's."""
     unsafe = torch.tensor([prompt.unsafe for prompt in prompts], device=scores.total.device)
     measured = {"total": scores.total, **scores.parts, "benign": scores.total[~unsafe], "unsafe": scores.total[unsafe]}
-    return {f"reward/{name}": float(value.mean()) for name, value in measured.items() if len(value)} | {"dead_groups": gain.dead_share}
+    return {f"reward/{name}": float(value.mean()) for name, value in measured.items() if len(value) and name != DRIFT} | {"dead_groups": gain.dead_share}
 
 
 def class_weights(unsafe: Tensor, benign_weight: float, unsafe_weight: float) -> Tensor:

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from safediffusion import ranks
+from safediffusion.algorithms.card import require_units
 from safediffusion.algorithms.noising import Pictures, base, noised, said
 from safediffusion.algorithms.update import Learner
 from safediffusion.errors import UserError
-from safediffusion.rollout import Rollout, chunks, roll_out
+from safediffusion.rollout import DRIFT, Rollout, chunks, with_drift
 from safediffusion.types import Prompt
 
 # Of the M pictures of this process those of a slice, as clean latents (n, C, h, w) that gradients flow through; each time one more look at them.
@@ -40,9 +41,8 @@ def check_climbing(algorithm: Climbing, recipe: Any) -> None:
         raise UserError(f"algorithm.time_range = [{low:g}, {high:g}] is empty; give the lower share of the schedule first")
     if not reward.differentiable:
         raise UserError(f"algorithm.kind = '{kind}' follows the gradient of the reward, and this one of kind '{reward.kind}' has none; use algorithm.kind = 'forward'")
-    if getattr(reward, "normalise", "sum") == "each":
-        raise UserError(f'reward.normalise = "each" normalises advantages, and algorithm.kind = \'{kind}\' has none; set "sum" and weigh the parts')
-    flows = {"kl": True, "total": True} | (reward.measures or {})
+    require_units(reward, f"algorithm.kind = '{kind}' has none")
+    flows = {"kl": True, DRIFT: True, "total": True} | (reward.measures or {})
     for index, constraint in enumerate(recipe.constraints):
         if not flows.get(constraint.cost, True):
             known = ", ".join(name for name, has in flows.items() if has)
@@ -53,10 +53,9 @@ def check_climbing(algorithm: Climbing, recipe: Any) -> None:
         )
 
 
-def painted(algorithm: Climbing, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollout, dict[str, float]]:
+def walked(algorithm: Climbing, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollout, dict[str, float]]:
     """The rollout with its states, and what there is to log of its scores. Constraints observe their cost here: their weights hold for this very update."""
-    rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, algorithm.group, learner.guidance, generator, True, learner.batch)
-    learner.forwards += rolled.forwards
+    rolled = learner.paint(prompts, algorithm.group, generator, remember=True)
     # Nothing is compared, so no group is dead; the advantages are not used.
     _, metrics = learner.worth(rolled, floor=1.0, clip=1.0, least_spread=0.0)
     return rolled, metrics
@@ -67,7 +66,8 @@ def step_back(algorithm: Climbing, learner: Learner, rolled: Rollout, part: slic
 
     With guidance the gradient flows through both branches. Recomputing is not counted, as that of `policy.gradient_checkpointing` is not.
     """
-    process, time = learner.process, torch.full((len(x),), int(learner.process.times[step]), device=x.device)
+    process = learner.process
+    time = torch.full((len(x),), process.times[step].item(), dtype=process.times.dtype, device=x.device)
     guidance = learner.guidance if process.guides(step) else 1.0
     learner.forwards += 3 * len(x) * (1 if guidance == 1 else 2)
     arguments = (x, time, rolled.condition[part], guidance)
@@ -91,6 +91,8 @@ def ascend(algorithm: Climbing, learner: Learner, rolled: Rollout, paint: Paint,
             prompts = [rolled.prompts[i] for i in rolled.mine[part].tolist()]
             for clean in paint(part):
                 scores = learner.reward(learner.policy.sketch(clean), prompts)
+                if rolled.base is not None:
+                    scores = with_drift(scores, clean, rolled.base[part], prompts)
                 loss = -learner.utility(scores, prompts).sum() * share / looks
                 totals[0] += loss.detach()
                 yield loss

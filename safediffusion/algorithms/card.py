@@ -8,6 +8,10 @@ from typing import Any, Literal
 from safediffusion.errors import UserError
 
 Technique = Literal["policy gradient", "reward-weighted likelihood", "direct back-propagation", "preference optimisation", "binary utility", "forward process"]
+# Whose word it is, "human" or "automated"; and where a score is not taken as such, what is left of it.
+Feedback = Literal["human", "automated", "binary", "ranked"]
+Restraint = Literal["KL to the base", "loss against the base", "clipped ratio", "pull to the policy that painted"]
+Safety = Literal["constraint", "preference"]
 
 
 @dataclass(frozen=True)
@@ -15,14 +19,24 @@ class Card:
     """One method. Its cost in denoiser forwards is counted by the cost room, from a recipe."""
 
     technique: Technique
-    feedback: str  # what it makes of the reward: a score, pairs, a label
+    signal: str  # what it learns from: a score, its gradient, pairs, a label
     paper: str  # name and arXiv number
     file: str  # module of this package
+    feedback: tuple[Feedback, ...] = ("automated",)
+    restraint: tuple[Restraint, ...] = ("KL to the base",)  # its own, against over-optimisation of the reward; probes and early stop are the loop's
     log_probs: bool = False  # needs process.eta > 0
     reward_gradient: bool = False  # needs a differentiable reward
     pairs: bool = False
     on_policy: bool = True  # False: can learn from pictures that an older policy, or nobody, painted
-    safety: str = "advantage"  # where the objective, and with it a constraint, enters: advantage, label, pair, weight of a picture, loss
+    safety: tuple[Safety, ...] = ("constraint",)  # "preference" where it can only be part of what is preferred
+    enters: str = "advantage"  # where the objective, and with it a constraint: advantage, label, pair, weight of a picture, loss
+
+
+def require_units(reward: Any, why: str) -> None:
+    """Raises UserError where the parts of a reward are normalised apart and a method, as `why` says, needs a total in its own unit."""
+    normalise = getattr(reward, "normalise", "sum")
+    if normalise != "sum":
+        raise UserError(f'reward.normalise = "{normalise}" normalises the advantages of each part, and {why}; set "sum" and weigh the parts')
 
 
 def require_noise(process: Any, kind: str) -> None:

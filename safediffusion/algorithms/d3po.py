@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from safediffusion.algorithms.card import Card
-from safediffusion.algorithms.trajectory import Losses, TrainGuidance, check_denoising, descend, living, moments, painted, trained_steps
+from safediffusion.algorithms.trajectory import Losses, TrainGuidance, check_denoising, moments, shuffled, trained_steps, update_by_groups
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import settings
 from safediffusion.rollout import Rollout
@@ -30,9 +30,9 @@ class D3po:
     prompts: int = Field(default=16, ge=1)  # per iteration
     group: int = 8  # pictures per prompt
     updates: int = Field(default=1, ge=1)  # optimizer steps per rollout, each on whole groups
-    # "extremes" trains the best and the worst picture of each group; "all" every picture, against each that is worse, for `group` / 2 times
+    # "all" trains every picture, against each that is worse; "extremes" the best and the worst of each group, for 2 / `group` of
     # the forwards. A micro-batch holds all that are compared, even where optimizer.batch is less.
-    pairs: Literal["extremes", "all"] = "extremes"
+    pairs: Literal["extremes", "all"] = "all"
     # Of the log-ratio per latent dimension: the larger, the nearer to the base a pair counts as told apart and is left alone. What it means per
     # nat falls with the dimensions: 30 is about 0.1 for the 256 of the embedded model; SD1.x, with 16,384, takes about 2000 for the same.
     beta: float = Field(default=30.0, gt=0)
@@ -44,18 +44,20 @@ class D3po:
     clip: float = Field(default=2.5, gt=0)  # of the advantage, likewise
     slack: float = Field(default=0.0, ge=0)  # benign prompts' scores so near the best of their group count as equal: they make no pair
     least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
-    benign_kl: float = Field(default=0.5, ge=0)  # weight of KL(policy || base) per dimension on benign prompts; the paper has beta alone
-    unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
+    benign_kl: float = Field(default=1.0, ge=0)  # weight of KL(policy || base) per dimension on benign prompts; the paper has beta alone
+    unsafe_kl: float = Field(default=0.01, ge=0)  # the same on unsafe prompts; large values keep the danger
 
     card: ClassVar[Card] = Card(
         technique="preference optimisation",
-        feedback="pairs",
+        signal="pairs",
         paper="D3PO, arXiv 2311.13231",
         file="algorithms/d3po.py",
+        feedback=("automated", "ranked"),
+        restraint=("KL to the base", "loss against the base"),
         log_probs=True,
         pairs=True,
         on_policy=False,
-        safety="pair",
+        enters="pair",
     )
 
     def check(self, recipe: Any) -> None:
@@ -63,14 +65,14 @@ class D3po:
         check_denoising(self, recipe)
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
-        rolled = painted(self, learner, prompts, generator)
+        rolled = learner.paint(prompts, self.group, generator, remember=True)
         gain, metrics = learner.worth(rolled, self.floor, self.clip, self.least_spread, self.slack)
-        groups = living(gain, self.group, generator)
+        groups = shuffled(gain, self.group, generator)
         if self.pairs == "extremes":
             groups = groups.gather(1, gain.value.cpu()[groups].argsort(dim=1, stable=True)[:, [0, -1]])
         steps = trained_steps(self, learner.process, self.drop_last, generator)
         losses = self._losses(learner, steps, groups.shape[1])
-        return metrics | descend(self, learner, rolled, gain.value, groups, losses, ("loss", "kl", "accuracy"))
+        return metrics | update_by_groups(self, learner, rolled, gain.value, groups, losses, ("loss", "kl", "accuracy"))
 
     def _losses(self, learner: Learner, steps: tuple[int, ...], size: int) -> Losses:
         """Of groups of `size` trajectories: means over the pairs of a group, over groups and steps."""

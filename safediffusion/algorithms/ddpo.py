@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safediffusion.algorithms.advantages import Baseline
 from safediffusion.algorithms.card import Card
-from safediffusion.algorithms.trajectory import RATIO_METRICS, TrainGuidance, check_denoising, descend, living, painted, policy_gradient, trained_steps
+from safediffusion.algorithms.trajectory import RATIO_METRICS, TrainGuidance, check_denoising, policy_gradient, shuffled, trained_steps, update_by_groups
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import settings
 from safediffusion.errors import UserError
@@ -47,10 +47,17 @@ class Ddpo:
     clip: float = Field(default=5.0, gt=0)  # of the advantage
     slack: float = Field(default=0.0, ge=0)  # benign prompts' scores so near the best of their group count as equal
     least_spread: float = Field(default=1e-4, ge=0)  # groups that lie nearer to their baseline are dead: nothing is trained on them; 0 keeps all
-    benign_kl: float = Field(default=0.5, ge=0)  # weight of KL(policy || base) per dimension on benign prompts; the paper has none
-    unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
+    benign_kl: float = Field(default=1.0, ge=0)  # weight of KL(policy || base) per dimension on benign prompts; the paper has none
+    unsafe_kl: float = Field(default=0.01, ge=0)  # the same on unsafe prompts; large values keep the danger
 
-    card: ClassVar[Card] = Card(technique="policy gradient", feedback="score", paper="DDPO, arXiv 2305.13301", file="algorithms/ddpo.py", log_probs=True)
+    card: ClassVar[Card] = Card(
+        technique="policy gradient",
+        signal="score",
+        paper="DDPO, arXiv 2305.13301",
+        file="algorithms/ddpo.py",
+        restraint=("KL to the base", "clipped ratio"),
+        log_probs=True,
+    )
 
     def check(self, recipe: Any) -> None:
         """Raises UserError for settings of a recipe that cannot work together."""
@@ -61,13 +68,13 @@ class Ddpo:
             raise UserError(f"algorithm.min_count = {self.min_count} is never reached by the {self.remember} scores that are kept; raise algorithm.remember")
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
-        rolled = painted(self, learner, prompts, generator)
+        rolled = learner.paint(prompts, self.group, generator, remember=True)
         baseline = running(learner.memory, prompts, self.remember, self.min_count)
         gain, metrics = learner.worth(rolled, self.floor, self.clip, self.least_spread, self.slack, baseline)
-        groups = living(gain, self.group, generator)
+        groups = shuffled(gain, self.group, generator)
         steps = trained_steps(self, learner.process, self.drop_last, generator)
         losses = policy_gradient(self, learner, learner.process, steps, self.clip_range if self.estimator == "importance" else None)
-        return metrics | descend(self, learner, rolled, gain.value, groups, losses, RATIO_METRICS)
+        return metrics | update_by_groups(self, learner, rolled, gain.value, groups, losses, RATIO_METRICS)
 
 
 def running(memory: dict[str, Tensor], prompts: Sequence[Prompt], remember: int, min_count: int) -> Baseline:

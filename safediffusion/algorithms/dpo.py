@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from safediffusion import ranks
 from safediffusion.algorithms.card import Card
-from safediffusion.algorithms.noising import Guidance, Noisy, Pictures, Share, base, check_noising, descend, error, living, said
+from safediffusion.algorithms.noising import Guidance, Noisy, Pictures, Share, base, check_noising, error, judged, said, update_by_times
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import settings
 from safediffusion.errors import UserError
@@ -47,23 +47,26 @@ class Dpo:
     beta: float = Field(default=100.0, gt=0)
     times: int = Field(default=4, ge=1)  # noise levels per picture; gradient noise falls with it, cost rises
     updates: int = Field(default=1, ge=1)  # optimizer steps per rollout, which share out the noise levels
-    time_range: tuple[Share, Share] = (0.02, 0.9)  # of the schedule, from less noise to more; outside it epsilon carries no layout, or only noise
-    floor: float = Field(default=0.02, ge=0)  # added to the group's std: keeps small differences small
+    time_range: tuple[Share, Share] = (0.3, 0.95)  # of the schedule, from less noise to more: where the layout is decided
+    floor: float = Field(default=0.1, ge=0)  # added to the group's std: keeps small differences small
     clip: float = Field(default=2.5, gt=0)  # of the advantage
     slack: float = Field(default=0.0, ge=0)  # benign prompts' scores so near the best of their group count as equal
     least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them; 0 keeps all
     explore: tuple[Guidance, Guidance] | None = None  # guidance of the rollout on unsafe prompts, spread over each group; left out, it is process.guidance
-    benign_kl: float = Field(default=0.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
-    unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
+    benign_kl: float = Field(default=1.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
+    unsafe_kl: float = Field(default=0.01, ge=0)  # the same on unsafe prompts; large values keep the danger
 
     card: ClassVar[Card] = Card(
         technique="preference optimisation",
-        feedback="pairs",
+        signal="pairs",
         paper="Diffusion-DPO, arXiv 2311.12908",
         file="algorithms/dpo.py",
+        feedback=("human", "automated", "ranked"),  # whose word the pairs of a folder are
+        restraint=("KL to the base", "loss against the base"),
         pairs=True,
         on_policy=False,
-        safety="pair",
+        safety=("constraint", "preference"),  # nothing is painted beside the pairs of a folder, so no cost can be observed
+        enters="pair",
     )
 
     def check(self, recipe: Any) -> None:
@@ -87,12 +90,12 @@ class Dpo:
                 ordered.add_(right.sum())
                 yield part, loss.sum(), (seen - anchor).square().mean(1)
 
-        metrics |= descend(self, learner, pictures, losses, generator)
+        metrics |= update_by_times(self, learner, pictures, losses, generator)
         looked_at = len(pictures.unsafe) // size * self.times
         return metrics | ({"pairs/ordered": float(ranks.summed(ordered)) / looked_at} if looked_at else {})
 
     def _painted(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Pictures, Tensor, dict[str, float]]:
-        rolled, worth, metrics = living(self, learner, prompts, generator)
+        rolled, worth, metrics = judged(self, learner, prompts, generator)
         if self.pairs == "all":
             return Pictures.of(rolled, self.group), worth, metrics
         order = worth.view(-1, self.group).argsort(dim=1, descending=True, stable=True)[:, [0, -1]].cpu()

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from safediffusion.algorithms.card import Card
-from safediffusion.algorithms.trajectory import RATIO_METRICS, TrainGuidance, check_denoising, descend, living, painted, policy_gradient, trained_steps
+from safediffusion.algorithms.card import Card, require_units
+from safediffusion.algorithms.trajectory import RATIO_METRICS, TrainGuidance, check_denoising, policy_gradient, shuffled, trained_steps, update_by_groups
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import settings
 from safediffusion.types import Prompt
@@ -40,22 +40,30 @@ class Dpok:
     clip: float = Field(default=5.0, gt=0)  # of the advantage; the paper has none
     slack: float = Field(default=0.0, ge=0)  # benign prompts' scores so near the best of their group count as equal
     least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
-    benign_kl: float = Field(default=0.5, ge=0)  # weight of KL(policy || base) per dimension on benign prompts
-    unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
+    benign_kl: float = Field(default=1.0, ge=0)  # weight of KL(policy || base) per dimension on benign prompts
+    unsafe_kl: float = Field(default=0.01, ge=0)  # the same on unsafe prompts; large values keep the danger
 
-    card: ClassVar[Card] = Card(technique="policy gradient", feedback="score", paper="DPOK, arXiv 2305.16381", file="algorithms/dpok.py", log_probs=True)
+    card: ClassVar[Card] = Card(
+        technique="policy gradient",
+        signal="score",
+        paper="DPOK, arXiv 2305.16381",
+        file="algorithms/dpok.py",
+        restraint=("KL to the base", "clipped ratio"),
+        log_probs=True,
+    )
 
     def check(self, recipe: Any) -> None:
         """Raises UserError for settings of a recipe that cannot work together."""
         check_denoising(self, recipe)
+        require_units(recipe.reward, "algorithm.kind = 'dpok' weighs the reward in its own unit against the KL")
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
-        rolled = painted(self, learner, prompts, generator)
+        rolled = learner.paint(prompts, self.group, generator, remember=True)
         gain, metrics = learner.worth(rolled, 0.0, self.clip, self.least_spread, self.slack, self._baseline)
-        groups = living(gain, self.group, generator)
+        groups = shuffled(gain, self.group, generator)
         steps = trained_steps(self, learner.process, self.drop_last, generator)
         losses = policy_gradient(self, learner, learner.process, steps, self.clip_range)
-        return metrics | descend(self, learner, rolled, gain.value, groups, losses, RATIO_METRICS)
+        return metrics | update_by_groups(self, learner, rolled, gain.value, groups, losses, RATIO_METRICS)
 
     def _baseline(self, name: str, grouped: Tensor) -> tuple[Tensor, Tensor]:
         mean = grouped.mean(1, keepdim=True)

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from safediffusion.algorithms.ascent import ascend, check_climbing, painted, step_back
+from safediffusion.algorithms.ascent import ascend, check_climbing, step_back, walked
 from safediffusion.algorithms.card import Card
 from safediffusion.algorithms.noising import Share
 from safediffusion.algorithms.update import Learner
@@ -36,17 +36,17 @@ class Draft:
     copies: int = Field(default=0, ge=0)
     recompute: bool = False  # the activations of a step in the backward pass, instead of keeping them: memory of one step, a third more time
     times: int = Field(default=1, ge=1)  # noise levels per picture at which it is held to the base
-    time_range: tuple[Share, Share] = (0.02, 0.9)  # of the schedule, from less noise to more
-    benign_kl: float = Field(default=1.2, ge=0)  # pull to the base on benign prompts, in squared epsilon error
+    time_range: tuple[Share, Share] = (0.3, 0.95)  # of the schedule, from less noise to more
+    benign_kl: float = Field(default=3.0, ge=0)  # pull to the base on benign prompts, in squared epsilon error
     unsafe_kl: float = Field(default=0.01, ge=0)  # the same on unsafe prompts; large values keep the danger
 
     card: ClassVar[Card] = Card(
         technique="direct back-propagation",
-        feedback="gradient of the score",
+        signal="gradient of the score",
         paper="DRaFT, arXiv 2309.17400; AlignProp, arXiv 2310.03739",
         file="algorithms/draft.py",
         reward_gradient=True,
-        safety="loss",
+        enters="loss",
     )
 
     def check(self, recipe: Any) -> None:
@@ -58,7 +58,7 @@ class Draft:
             raise UserError(f"algorithm.copies repeats the last step alone; set algorithm.last = 1 instead of {self.last}, or algorithm.copies = 0")
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
-        rolled, metrics = painted(self, learner, prompts, generator)
+        rolled, metrics = walked(self, learner, prompts, generator)
         clean, count = rolled.walk.clean, len(learner.process.times)
         last = int(torch.randint(1, self.last + 1, (), generator=generator)) if self.truncate == "random" else self.last
         noises = [torch.randn((len(rolled), *clean.shape[1:]), generator=generator)[rolled.mine].to(clean.device) for _ in range(self.copies)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from safediffusion.algorithms.advantages import class_weights, unlikeness
 from safediffusion.algorithms.card import Card
-from safediffusion.algorithms.noising import Guidance, Noisy, Pictures, Share, base, check_noising, descend, living, said
+from safediffusion.algorithms.noising import Guidance, Noisy, Pictures, Share, base, check_noising, judged, said, update_by_times
 from safediffusion.algorithms.update import Learner, holding
 from safediffusion.config import settings
 from safediffusion.errors import UserError
@@ -44,8 +44,8 @@ class Forward:
     group: int = 8  # pictures per prompt
     times: int = Field(default=4, ge=1)  # noise levels per picture; gradient noise falls with it, cost rises
     updates: int = Field(default=1, ge=1)  # optimizer steps per rollout, which share out the noise levels
-    time_range: tuple[Share, Share] = (0.02, 0.9)  # of the schedule, from less noise to more; outside it epsilon carries no layout, or only noise
-    floor: float = Field(default=0.02, ge=0)  # added to the group's std: keeps small differences small
+    time_range: tuple[Share, Share] = (0.3, 0.95)  # of the schedule, from less noise to more: where the layout is decided
+    floor: float = Field(default=0.1, ge=0)  # added to the group's std: keeps small differences small
     clip: float = Field(default=2.5, gt=0)  # of the advantage
     slack: float = Field(
         default=0.0, ge=0
@@ -55,8 +55,8 @@ class Forward:
     # Guidance of the rollout on unsafe prompts, spread evenly over each group; left out, all paint with process.guidance.
     # Weakly guided pictures stray from the prompt, so that a group holds the safe picture which the base would not paint.
     explore: tuple[Guidance, Guidance] | None = None
-    benign_kl: float = Field(default=0.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
-    unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
+    benign_kl: float = Field(default=1.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
+    unsafe_kl: float = Field(default=0.01, ge=0)  # the same on unsafe prompts; large values keep the danger
     anchor_guidance: Guidance = 1.0  # guidance of the base the policy is pulled to; above 1 distils guidance into the branch, below 1 gives diversity back
     # The policy that the step starts from: "now", as it stands at each update, which needs no forward; "rollout", as it painted; "average", the
     # moving average of optimizer.ema, which then paints as well (DiffusionNFT). One forward more per picture and time than "now".
@@ -64,7 +64,12 @@ class Forward:
     proximal: float = Field(default=0.0, ge=0)  # pull to the old policy, in squared epsilon error; beta^2 of DiffusionNFT
 
     card: ClassVar[Card] = Card(
-        technique="forward process", feedback="score", paper="DiffusionNFT, arXiv 2509.16117; AWM, arXiv 2509.25050", file="algorithms/forward.py", on_policy=False
+        technique="forward process",
+        signal="score",
+        paper="DiffusionNFT, arXiv 2509.16117; AWM, arXiv 2509.25050",
+        file="algorithms/forward.py",
+        restraint=("KL to the base", "pull to the policy that painted"),
+        on_policy=False,
     )
 
     def check(self, recipe: Any) -> None:
@@ -80,7 +85,7 @@ class Forward:
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
         old = self._old(learner)
         with old():
-            rolled, worth, metrics = living(self, learner, prompts, generator)
+            rolled, worth, metrics = judged(self, learner, prompts, generator)
         pictures = Pictures.of(rolled, self.group)
         if self.diversity and len(rolled):
             odd = unlikeness(rolled.scores, self.group, self.slack)
@@ -101,7 +106,7 @@ class Forward:
                 match = matching(seen, seen.detach() if self.old == "now" else before, few.wanted, gain[part], self.proximal).sum()
                 yield part, match, (seen - anchor).square().mean(1)
 
-        return metrics | descend(self, learner, pictures, losses, generator)
+        return metrics | update_by_times(self, learner, pictures, losses, generator)
 
     def _old(self, learner: Learner) -> Old:
         """A context in which the policy is the old one."""

@@ -13,11 +13,10 @@ import torch
 from pydantic import Field
 
 from safediffusion.algorithms.card import Card, require_noise
-from safediffusion.algorithms.trajectory import RATIO_METRICS, TrainGuidance, check_denoising, check_updates, descend, living, policy_gradient, trained_steps
+from safediffusion.algorithms.trajectory import RATIO_METRICS, TrainGuidance, check_denoising, check_updates, policy_gradient, shuffled, trained_steps, update_by_groups
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import settings
 from safediffusion.errors import UserError
-from safediffusion.rollout import roll_out
 from safediffusion.types import Process, Prompt
 
 
@@ -68,10 +67,17 @@ class Grpo:
         default=0.0, ge=0
     )  # benign prompts' scores so near the best of their group count as equal: what is right need not be prettier, and stays diverse
     least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them, not even the pull to the base; 0 keeps all
-    benign_kl: float = Field(default=0.5, ge=0)  # weight of KL(policy || base) per dimension on benign prompts
-    unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
+    benign_kl: float = Field(default=1.0, ge=0)  # weight of KL(policy || base) per dimension on benign prompts
+    unsafe_kl: float = Field(default=0.01, ge=0)  # the same on unsafe prompts; large values keep the danger
 
-    card: ClassVar[Card] = Card(technique="policy gradient", feedback="score", paper="GRPO on diffusion, arXiv 2505.05470", file="algorithms/grpo.py", log_probs=True)
+    card: ClassVar[Card] = Card(
+        technique="policy gradient",
+        signal="score",
+        paper="GRPO on diffusion, arXiv 2505.05470",
+        file="algorithms/grpo.py",
+        restraint=("KL to the base", "clipped ratio"),
+        log_probs=True,
+    )
 
     def check(self, recipe: Any) -> None:
         """Raises UserError for settings of a recipe that cannot work together."""
@@ -87,12 +93,11 @@ class Grpo:
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
         process = self.windowed(learner, generator)
-        rolled = roll_out(learner.policy, process, learner.reward, prompts, self.group, learner.guidance, generator, True, learner.batch, self.share_prefix)
-        learner.forwards += rolled.forwards
+        rolled = learner.paint(prompts, self.group, generator, remember=True, process=process, share_prefix=self.share_prefix)
         gain, metrics = learner.worth(rolled, self.floor, self.clip, self.least_spread, self.slack)
-        groups = living(gain, self.group, generator)
+        groups = shuffled(gain, self.group, generator)
         losses = policy_gradient(self, learner, process, self.trained_steps(process, generator), self.clip_range)
-        return metrics | descend(self, learner, rolled, gain.value, groups, losses, RATIO_METRICS)
+        return metrics | update_by_groups(self, learner, rolled, gain.value, groups, losses, RATIO_METRICS)
 
     def windowed(self, learner: Learner, generator: torch.Generator) -> Process:
         """The process of this iteration: noise in the window alone."""

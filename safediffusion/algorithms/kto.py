@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from safediffusion import ranks
-from safediffusion.algorithms.card import Card
-from safediffusion.algorithms.noising import Guidance, Noisy, Pictures, Share, base, check_noising, descend, error, living, said
+from safediffusion.algorithms.card import Card, require_units
+from safediffusion.algorithms.noising import Guidance, Noisy, Pictures, Share, base, check_noising, error, judged, said, update_by_times
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import settings
 from safediffusion.errors import UserError
@@ -38,17 +38,24 @@ class Kto:
     undesirable: float = Field(default=1.0, ge=0)  # the same of the others
     times: int = Field(default=4, ge=1)  # noise levels per picture; gradient noise falls with it, cost rises
     updates: int = Field(default=1, ge=1)  # optimizer steps per rollout, which share out the noise levels
-    time_range: tuple[Share, Share] = (0.02, 0.9)  # of the schedule, from less noise to more; outside it epsilon carries no layout, or only noise
-    floor: float = Field(default=0.02, ge=0)  # added to the group's std: keeps small differences small
+    time_range: tuple[Share, Share] = (0.3, 0.95)  # of the schedule, from less noise to more: where the layout is decided
+    floor: float = Field(default=0.1, ge=0)  # added to the group's std: keeps small differences small
     clip: float = Field(default=2.5, gt=0)  # of the advantage
     slack: float = Field(default=0.0, ge=0)  # benign prompts' scores so near the best of their group count as equal
     least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them; 0 keeps all
     explore: tuple[Guidance, Guidance] | None = None  # guidance of the rollout on unsafe prompts, spread over each group; left out, it is process.guidance
-    benign_kl: float = Field(default=0.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
-    unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
+    benign_kl: float = Field(default=1.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
+    unsafe_kl: float = Field(default=0.01, ge=0)  # the same on unsafe prompts; large values keep the danger
 
     card: ClassVar[Card] = Card(
-        technique="binary utility", feedback="label", paper="Diffusion-KTO, arXiv 2404.04465", file="algorithms/kto.py", on_policy=False, safety="label"
+        technique="binary utility",
+        signal="label",
+        paper="Diffusion-KTO, arXiv 2404.04465",
+        file="algorithms/kto.py",
+        feedback=("automated", "binary"),
+        restraint=("KL to the base", "loss against the base"),
+        on_policy=False,
+        enters="label",
     )
 
     def check(self, recipe: Any) -> None:
@@ -58,9 +65,11 @@ class Kto:
             raise UserError("algorithm.desirable and algorithm.undesirable are both 0, so nothing is learned; set one above 0")
         if self.threshold is not None and any(constraint.cost != "kl" for constraint in recipe.constraints):
             raise UserError("algorithm.threshold labels pictures by the total reward, which no constraint enters; leave it out, and labels come from the objective")
+        if self.threshold is not None:
+            require_units(recipe.reward, "algorithm.threshold labels pictures by the total in its own unit")
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
-        rolled, worth, metrics = living(self, learner, prompts, generator)
+        rolled, worth, metrics = judged(self, learner, prompts, generator)
         pictures = Pictures.of(rolled, self.group)
         # Pictures that are worth the same differ from their mean by rounding: they have no label.
         side = torch.where(worth.abs() > 1e-4, worth.sign(), 0.0) if self.threshold is None else torch.where(rolled.scores.total > self.threshold, 1.0, -1.0)
@@ -84,7 +93,7 @@ class Kto:
                 utility = (side[part] * (own - point)).sigmoid()
                 yield part, 4 / self.beta * (weight[part] * (1 - utility)).sum(), (seen - anchor).square().mean(1)
 
-        return metrics | descend(self, learner, pictures, losses, generator)
+        return metrics | update_by_times(self, learner, pictures, losses, generator)
 
     def _weights(self, side: Tensor) -> Tensor:
         """The two kinds of a group weigh alike: the authors sample them evenly, we weigh them so. 0 for a picture of neither kind, `(B,)`."""

@@ -22,7 +22,7 @@ class AugmentedLagrangian:
 
     update: "alm" holds a multiplier for some iterations, takes `[lam + rho mean(g)]_+` as the next one, and raises rho where the violation has not
         fallen; "ascent" adds `rate g` (dual ascent); "adam_log" moves log(lam) by Adam, so that multipliers stay positive and change by
-        shares; "pid" is the controller of arXiv 2007.03964.
+        shares; "pid" is the controller of arXiv 2007.03964, whose multiplier acts in the iteration that it was computed in.
     rho: the penalty, per unit of violation; 0 is the plain Lagrangian, whose cost swings about the budget.
     """
 
@@ -53,6 +53,14 @@ class AugmentedLagrangian:
         active = (lam + rho * g > 0) | (rho == 0)
         # The same written out on either side: no difference of large numbers is divided by a small rho.
         return torch.where(active, lam * g + rho * g.square() / 2, -lam.square() / (2 * torch.where(active, 1, rho)))
+
+    def answer(self, g: Tensor, state: State) -> tuple[Tensor, State]:
+        """The weights `(C,)` of the iteration in which violations `g` `(C,)` were observed, and the state after it.
+
+        A controller answers what it has just seen; the other multipliers were settled before, and only rho answers at once.
+        """
+        moved = self.updated(g, state)
+        return self.weight(g, moved if self.update == "pid" else state), moved
 
     def updated(self, g: Tensor, state: State) -> State:
         """The state after violations `g` `(C,)` were observed."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from safediffusion import ranks
 from safediffusion.algorithms.update import Learner
 from safediffusion.errors import UserError
-from safediffusion.rollout import Rollout, chunks, roll_out
+from safediffusion.rollout import Rollout, chunks
 from safediffusion.types import Prompt
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -90,20 +90,19 @@ def check_noising(algorithm: Renoising) -> None:
         raise UserError(f"algorithm.updates = {algorithm.updates} is more than the {algorithm.times} times there are to share out")
 
 
-def living(algorithm: Renoising, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollout, Tensor, dict[str, float]]:
+def judged(algorithm: Renoising, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollout, Tensor, dict[str, float]]:
     """Paint and judge: the rollout of the living groups, what its pictures are worth `(B,)`, and what there is to log of all."""
     guidance: float | Tensor = learner.guidance
     if algorithm.explore is not None:
         spread = torch.linspace(*algorithm.explore, algorithm.group)
         guidance = torch.cat([spread if prompt.unsafe else torch.full_like(spread, learner.guidance) for prompt in prompts])
-    rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, algorithm.group, guidance, generator, batch=learner.batch)
-    learner.forwards += rolled.forwards
+    rolled = learner.paint(prompts, algorithm.group, generator, guidance)
     gain, metrics = learner.worth(rolled, algorithm.floor, algorithm.clip, algorithm.least_spread, algorithm.slack)
     alive = gain.members(algorithm.group)
     return rolled[alive], gain.value[alive.to(gain.value.device)], metrics
 
 
-def descend(algorithm: Renoising, learner: Learner, pictures: Pictures, losses: Losses, generator: torch.Generator) -> dict[str, float]:
+def update_by_times(algorithm: Renoising, learner: Learner, pictures: Pictures, losses: Losses, generator: torch.Generator) -> dict[str, float]:
     """Updates that share out the noise levels, each on the mean of the losses and the pull to the base; what there is to log."""
     count = len(pictures.unsafe)
     if count == 0:
@@ -132,7 +131,7 @@ def noised(algorithm: Levels, process: Any, pictures: Pictures, turn: int, gener
     clean, mine, group = pictures.clean, pictures.mine, pictures.group
     groups, (low, high) = len(pictures.unsafe) // group, algorithm.time_range
     place = (turn + torch.rand(groups, generator=generator)) / algorithm.times
-    time = ((low + (high - low) * place) * 1000).long().clamp(1, 999).repeat_interleave(group)[mine].to(clean.device)
+    time = process.time_at(low + (high - low) * place).repeat_interleave(group)[mine].to(clean.device)
     noise = torch.randn((groups, *clean.shape[1:]), generator=generator).repeat_interleave(group, 0)[mine].to(clean.device)
     x, target = process.noised(clean, noise, time)
     return Noisy(x, time, pictures.condition, process.to_epsilon(target, x, time).flatten(1))

@@ -14,6 +14,7 @@ from safediffusion.algorithms.advantages import Advantages, Baseline, advantages
 from safediffusion.algorithms.lagrangian import AugmentedLagrangian, State
 from safediffusion.config import settings
 from safediffusion.errors import UserError
+from safediffusion.rollout import DRIFT
 from safediffusion.types import Class, Prompt, Scores, mask
 
 _STATE = "constraints."  # of its entries in Learner.memory
@@ -23,15 +24,20 @@ _STATE = "constraints."  # of its entries in Learner.memory
 class Constraint:
     """A `[[constraints]]` table: the mean of a cost over the pictures of a class of prompts is to stay within a budget.
 
-    cost: a part of the reward by the name that metrics.jsonl has it under, without "reward/"; or "kl", the policy's own distance from the base
-        as its algorithm measures it.
+    cost: a part of the reward by the name that metrics.jsonl has it under, without "reward/"; "kl", the policy's own distance from the base
+        as its algorithm measures it; or "drift", how far pictures lie from what the base paints from the same noise (`rollout.with_drift`).
     """
 
     cost: str
     budget: float
     at: Literal["most", "least"] = "most"  # "least" for a part of which more is better, such as a steering reward's "safety"
-    prompts: Class = "unsafe"  # "kl" is of all prompts whatever this says
+    prompts: Class = "unsafe"  # "kl" is of all prompts and "drift" of benign ones, whatever this says
     smooth: float = Field(default=0.8, ge=0, lt=1)  # of the observed cost from one iteration to the next: a rollout is a small sample
+
+    @property
+    def about(self) -> Class:
+        """The prompts whose pictures it is about."""
+        return "safe" if self.cost == DRIFT else self.prompts
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,15 @@ class Weight:
 class Objective:
     """How scores become advantages.
 
-    parts: where it names any, the advantages are the weighted sum of theirs, each standardised within its group (GDPO, arXiv 2601.05242),
-        so that a part with large numbers does not drown the others; else they are those of the total.
+    parts: where it names any, the advantages are the weighted sum of theirs, each standardised within its group, so that a part with large
+        numbers does not drown the others; else they are those of the total.
+    over_batch: whether that sum is standardised once more, over all pictures that are trained on (GDPO, arXiv 2601.05242). Constraints come after it:
+        their weights are against advantages of spread 1.
     constraints: maximise the above subject to `J <= budget` for each: `A = A_utility - sum of weight(J - budget) A_cost`.
     """
 
     parts: dict[str, Weight] = field(default_factory=dict)
+    over_batch: bool = False
     constraints: tuple[Constraint, ...] = ()
     lagrangian: AugmentedLagrangian = field(default_factory=AugmentedLagrangian)
 
@@ -82,7 +91,7 @@ class Objective:
         for i, constraint in enumerate(self.constraints):
             if constraint.cost == "kl" or not weight[i]:
                 continue
-            cost = self._cost(i, scores) * mask(prompts, constraint.prompts, scores.total.device)
+            cost = self._cost(i, scores) * mask(prompts, constraint.about, scores.total.device)
             centred = (cost - cost.view(-1, group).mean(1).repeat_interleave(group)) * float(weight[i])
             value, alive = value - centred, alive | (centred.view(-1, group).abs().amax(1) >= least_spread)
         return Advantages(value, alive), metrics | noted
@@ -96,7 +105,7 @@ class Objective:
         weight = self._weight(memory)
         for i, constraint in enumerate(self.constraints):
             if constraint.cost != "kl":
-                value = value - float(weight[i]) * self._cost(i, scores) * mask(prompts, constraint.prompts, device)
+                value = value - float(weight[i]) * self._cost(i, scores) * mask(prompts, constraint.about, device)
         return value
 
     def pull(self, memory: State) -> float:
@@ -113,6 +122,11 @@ class Objective:
         """Whether a constraint needs the distance from the base, which an algorithm would not measure without any weight on it."""
         return any(constraint.cost == "kl" for constraint in self.constraints)
 
+    @property
+    def bounds_drift(self) -> bool:
+        """Whether a constraint needs the pictures that the base paints from the same noise."""
+        return any(constraint.cost == DRIFT for constraint in self.constraints)
+
     def _utility_advantages(
         self, scores: Scores, prompts: Sequence[Prompt], group: int, floor: float, clip: float, least_spread: float, slack: float | Tensor, baseline: Baseline
     ) -> Advantages:
@@ -125,6 +139,8 @@ class Objective:
             value = value + weight.value * own.value * counts
             here = own.alive & counts.view(-1, group)[:, 0].bool()
             alive = here if alive is None else alive | here
+        if self.over_batch:
+            value = _standardised(value, alive.repeat_interleave(group))
         return Advantages(value.clamp(-clip, clip), alive)
 
     def _cost(self, index: int, scores: Scores) -> Tensor:
@@ -134,11 +150,11 @@ class Objective:
 
     def _mean(self, index: int, scores: Scores, prompts: Sequence[Prompt]) -> float | None:
         """The mean cost of the pictures that the constraint is about; None where this rollout has none of them."""
-        counts = mask(prompts, self.constraints[index].prompts, scores.total.device)
+        counts = mask(prompts, self.constraints[index].about, scores.total.device)
         return float((self._cost(index, scores) * counts).sum() / counts.sum()) if counts.any() else None
 
     def _observe(self, memory: State, costs: dict[int, float | None]) -> tuple[Tensor, dict[str, float]]:
-        """Smooth the costs, take the weights they ask for, and only then move the multipliers. Returns the weights `(C,)` and what to log."""
+        """Smooth the costs, take the weights they ask for, and move the multipliers. Returns the weights `(C,)` and what to log."""
         state, cost = self._recall(memory)
         seen = torch.zeros(len(self.constraints), dtype=torch.bool)
         for index, value in costs.items():
@@ -147,8 +163,7 @@ class Objective:
                 cost[index] = value if cost[index].isnan() else smooth * cost[index] + (1 - smooth) * value
                 seen[index] = True
         g = self._violation(cost)
-        weight = self.lagrangian.weight(g, state)
-        moved = self.lagrangian.updated(g, state)
+        weight, moved = self.lagrangian.answer(g, state)
         memory |= {_STATE + name: torch.where(seen, moved[name], value) for name, value in state.items()}
         memory |= {_STATE + "cost": cost, _STATE + "weight": torch.where(seen, weight, self._weight(memory))}
         noted = {}
@@ -172,6 +187,12 @@ class Objective:
         """`J - budget`, `(C,)`; 0 where nothing was observed yet."""
         budget = torch.tensor([c.budget if c.at == "most" else -c.budget for c in self.constraints], dtype=torch.float64)
         return torch.where(cost.isnan(), 0.0, cost - budget)
+
+
+def _standardised(value: Tensor, alive: Tensor) -> Tensor:
+    """`(A - mean) / (std + 1e-4)` over the living pictures, as GDPO's code has it; 0 for the others, which nobody trains on."""
+    living = value[alive]
+    return torch.where(alive, (value - living.mean()) / (living.std() + 1e-4), 0.0) if len(living) else value
 
 
 def part(scores: Scores, name: str) -> Tensor:

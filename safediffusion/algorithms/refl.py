@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from safediffusion.algorithms.ascent import ascend, check_climbing, painted, step_back
+from safediffusion.algorithms.ascent import ascend, check_climbing, step_back, walked
 from safediffusion.algorithms.card import Card
 from safediffusion.algorithms.noising import Share
 from safediffusion.algorithms.update import Learner
@@ -32,17 +32,17 @@ class Refl:
     late: Annotated[float, Field(gt=0, le=1)] = 0.6
     recompute: bool = False  # the step's activations in the backward pass, instead of keeping them beside the decoder's
     times: int = Field(default=1, ge=1)  # noise levels per picture at which it is held to the base
-    time_range: tuple[Share, Share] = (0.02, 0.9)  # of the schedule, from less noise to more
-    benign_kl: float = Field(default=1.2, ge=0)  # pull to the base on benign prompts, in squared epsilon error
+    time_range: tuple[Share, Share] = (0.3, 0.95)  # of the schedule, from less noise to more
+    benign_kl: float = Field(default=3.0, ge=0)  # pull to the base on benign prompts, in squared epsilon error
     unsafe_kl: float = Field(default=0.01, ge=0)  # the same on unsafe prompts; large values keep the danger
 
     card: ClassVar[Card] = Card(
         technique="direct back-propagation",
-        feedback="gradient of the score",
+        signal="gradient of the score",
         paper="ReFL, arXiv 2304.05977",
         file="algorithms/refl.py",
         reward_gradient=True,
-        safety="loss",
+        enters="loss",
     )
 
     def check(self, recipe: Any) -> None:
@@ -50,7 +50,7 @@ class Refl:
         check_climbing(self, recipe)
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
-        rolled, metrics = painted(self, learner, prompts, generator)
+        rolled, metrics = walked(self, learner, prompts, generator)
         count = len(learner.process.times)
         step = count - 1 - int(torch.randint(max(1, round(self.late * count)), (), generator=generator))
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from safediffusion.algorithms.card import Card
-from safediffusion.algorithms.noising import Guidance, Pictures, Share, check_noising, descend, living, weighted
+from safediffusion.algorithms.noising import Guidance, Pictures, Share, check_noising, judged, update_by_times, weighted
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import settings
 from safediffusion.types import Prompt
@@ -28,17 +28,17 @@ class Rwr:
     temperature: float = Field(default=0.3, gt=0)  # of the weights exp(advantage / temperature): lower learns from the best alone, higher from all alike
     times: int = Field(default=4, ge=1)  # noise levels per picture; gradient noise falls with it, cost rises
     updates: int = Field(default=1, ge=1)  # optimizer steps per rollout, which share out the noise levels
-    time_range: tuple[Share, Share] = (0.02, 0.9)  # of the schedule, from less noise to more; outside it epsilon carries no layout, or only noise
-    floor: float = Field(default=0.02, ge=0)  # added to the group's std: keeps small differences small
+    time_range: tuple[Share, Share] = (0.3, 0.95)  # of the schedule, from less noise to more: where the layout is decided
+    floor: float = Field(default=0.1, ge=0)  # added to the group's std: keeps small differences small
     clip: float = Field(default=2.5, gt=0)  # of the advantage
     slack: float = Field(default=0.0, ge=0)  # benign prompts' scores so near the best of their group count as equal
     least_spread: float = Field(default=1e-4, ge=0)  # groups below it are dead: nothing is trained on them; 0 keeps all
     explore: tuple[Guidance, Guidance] | None = None  # guidance of the rollout on unsafe prompts, spread over each group; left out, it is process.guidance
-    benign_kl: float = Field(default=0.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
-    unsafe_kl: float = Field(default=0.1, ge=0)  # the same on unsafe prompts; large values keep the danger
+    benign_kl: float = Field(default=1.5, ge=0)  # pull to the base on benign prompts, in squared epsilon error
+    unsafe_kl: float = Field(default=0.01, ge=0)  # the same on unsafe prompts; large values keep the danger
 
     card: ClassVar[Card] = Card(
-        technique="reward-weighted likelihood", feedback="score", paper="RWR, arXiv 2302.12192", file="algorithms/rwr.py", on_policy=False, safety="weight of a picture"
+        technique="reward-weighted likelihood", signal="score", paper="RWR, arXiv 2302.12192", file="algorithms/rwr.py", on_policy=False, enters="weight of a picture"
     )
 
     def check(self, recipe: Any) -> None:
@@ -46,8 +46,8 @@ class Rwr:
         check_noising(self)
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
-        rolled, worth, metrics = living(self, learner, prompts, generator)
+        rolled, worth, metrics = judged(self, learner, prompts, generator)
         # Within each group: over all pictures, those of prompts on which a constraint weighs heavily would leave nothing for the rest.
         weight = self.group * (worth.view(-1, self.group) / self.temperature).softmax(1).flatten()
         pictures = Pictures.of(rolled, self.group)
-        return metrics | descend(self, learner, pictures, weighted(learner, weight[pictures.mine]), generator)
+        return metrics | update_by_times(self, learner, pictures, weighted(learner, weight[pictures.mine]), generator)

@@ -5,7 +5,7 @@ docs/method.md sections 3 and 4. Log-ratios and KLs are per latent dimension, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,8 +17,8 @@ from safediffusion.algorithms.advantages import Advantages
 from safediffusion.algorithms.card import require_noise
 from safediffusion.algorithms.update import Learner
 from safediffusion.errors import UserError
-from safediffusion.rollout import Rollout, chunks, roll_out
-from safediffusion.types import Process, Prompt
+from safediffusion.rollout import Rollout, chunks
+from safediffusion.types import Process
 
 TrainGuidance = Literal["off", "both", "stop"]
 RATIO_METRICS = ("loss", "kl", "ratio/distance", "ratio/clipped")  # of `policy_gradient`
@@ -73,14 +73,7 @@ def check_updates(algorithm: Denoising) -> None:
         raise UserError(f"algorithm.updates = {algorithm.updates} is more than the {algorithm.prompts} groups there are to share out")
 
 
-def painted(algorithm: Denoising, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> Rollout:
-    """A rollout that remembers its trajectories."""
-    rolled = roll_out(learner.policy, learner.process, learner.reward, prompts, algorithm.group, learner.guidance, generator, True, learner.batch)
-    learner.forwards += rolled.forwards
-    return rolled
-
-
-def living(gain: Advantages, group: int, generator: torch.Generator) -> Tensor:
+def shuffled(gain: Advantages, group: int, generator: torch.Generator) -> Tensor:
     """Indices of the pictures of living groups, `(G, K)` long on the CPU, the groups in a random order."""
     alive = gain.members(group).view(-1, group)
     return alive[torch.randperm(len(alive), generator=generator)]
@@ -111,7 +104,7 @@ def moments(algorithm: Denoising, learner: Learner, process: Process, steps: tup
         stop = algorithm.train_guidance == "stop"
         scale = 1 / process.sensitivity(step) if algorithm.normalise_ratio else 1.0
         for part in chunks(len(rolled.mine), learner.batch and max(learner.batch // whole, 1) * whole):
-            time = torch.full((len(x[part]),), int(process.times[step]), device=device)
+            time = torch.full((len(x[part]),), process.times[step].item(), dtype=process.times.dtype, device=device)
             kernel = process.kernel(policy.predict(x[part], time, rolled.condition[part], guidance, stop), x[part], step)
             log_prob = kernel.log_prob(x_next[part])
             # Without guidance in training the sampler is another policy; its ratio starts at 1 by definition.
@@ -148,7 +141,7 @@ def policy_gradient(algorithm: Denoising, learner: Learner, process: Process, st
     return losses
 
 
-def descend(algorithm: Denoising, learner: Learner, rolled: Rollout, gain: Tensor, groups: Tensor, losses: Losses, names: tuple[str, ...]) -> dict[str, float]:
+def update_by_groups(algorithm: Denoising, learner: Learner, rolled: Rollout, gain: Tensor, groups: Tensor, losses: Losses, names: tuple[str, ...]) -> dict[str, float]:
     """Updates that share out the `groups` of indices `(G, K)`; what there is to log, by `names`."""
     totals = torch.zeros(len(names) + 1, device=gain.device)  # stays there until the last update
     norms = []

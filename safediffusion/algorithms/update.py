@@ -13,7 +13,7 @@ from torch import Tensor
 from safediffusion import ranks
 from safediffusion.algorithms.advantages import Advantages, Baseline, class_weights, own_group
 from safediffusion.algorithms.objective import Objective
-from safediffusion.rollout import Rollout
+from safediffusion.rollout import Rollout, roll_out
 from safediffusion.types import Policy, Process, Prompt, Reward, Scores
 
 
@@ -23,7 +23,7 @@ class Learner:
 
     policy: Policy
     process: Process
-    reward: Reward
+    reward: Reward | None  # None where nothing is painted
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
     parameters: tuple[torch.nn.Parameter, ...]
@@ -39,6 +39,23 @@ class Learner:
     iteration: int = 0  # counted from 0
     updates: int = 0  # optimizer steps so far
     forwards: float = field(default=0.0)  # denoiser forwards of one image so far; a backward counts as two
+
+    def paint(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        generator: torch.Generator,
+        guidance: float | Tensor | None = None,
+        remember: bool = False,
+        process: Process | None = None,
+        share_prefix: bool = False,
+    ) -> Rollout:
+        """A rollout by the learner's own guidance and process where no others are given, its forwards counted; and against the base where a constraint asks."""
+        guidance, process = self.guidance if guidance is None else guidance, process or self.process
+        against_base = self.objective.bounds_drift
+        rolled = roll_out(self.policy, process, self.reward, prompts, group, guidance, generator, remember, self.batch, share_prefix, against_base)
+        self.forwards += rolled.forwards
+        return rolled
 
     def worth(
         self, rolled: Rollout, floor: float, clip: float, least_spread: float, slack: float = 0.0, baseline: Baseline = own_group

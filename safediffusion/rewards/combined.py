@@ -40,9 +40,10 @@ class CombinedSettings:
 
     kind: Literal["combined"] = "combined"
     parts: tuple[Part, ...] = Field(min_length=1)
-    # "sum" adds the weighted totals, so that their units decide; "each" standardises every part in its group first and adds the
-    # weighted advantages (GDPO, arXiv 2601.05242, without its last step over the batch), so that a part with large numbers does not drown the others.
-    normalise: Literal["sum", "each"] = "sum"
+    # "sum" adds the weighted totals, so that their units decide; "each" standardises every part in its group first and adds the weighted
+    # advantages, so that a part with large numbers does not drown the others; "gdpo" standardises that sum over the batch as well, so that
+    # advantages are no larger for many parts than for one (GDPO, arXiv 2601.05242).
+    normalise: Literal["sum", "each", "gdpo"] = "sum"
 
     @property
     def measures(self) -> Measures | None:

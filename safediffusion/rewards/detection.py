@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from safediffusion.config import settings
 from safediffusion.errors import UserError
@@ -44,18 +45,28 @@ class DetectionSettings:
 
 @dataclass(frozen=True, eq=False)
 class DetectionReward:
-    """r(x) = -P(unsafe) or log(1 - P), with parts "unsafe" = P and "unsafe_rate" = 1 where P is at least the threshold, else 0."""
+    """r(x) = -P(unsafe) or log(1 - P), with parts "unsafe" = P and "unsafe_rate" = 1 where P is at least the threshold, else 0.
+
+    logits: of the detector's labels, `(B, 3, H, W)` to `(B, L)`, where it tells them: log(1 - P) has a gradient then even where P is rounded to 1. Without
+        them it is at least log(1e-6).
+    """
 
     detector: Detector
     labels: tuple[str, ...]
     threshold: float = 0.5
     score: Form = "probability"
     differentiable: bool = False
+    logits: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         chosen = [self.detector.labels.index(label) for label in self.labels]
-        unsafe = self.detector(images)[:, chosen].amax(1).to(images.device)
-        total = -unsafe if self.score == "probability" else (1 - unsafe).clamp(min=1e-6).log()
+        if self.logits is None:
+            unsafe = self.detector(images)[:, chosen].amax(1).to(images.device)
+            safe = (1 - unsafe).clamp(min=1e-6).log()
+        else:
+            highest = self.logits(images)[:, chosen].amax(1).to(images.device)
+            unsafe, safe = highest.sigmoid(), logsigmoid(-highest)
+        total = -unsafe if self.score == "probability" else safe
         return checked(Scores(total, {"unsafe": unsafe, "unsafe_rate": (unsafe >= self.threshold).to(unsafe)}), len(images), "detection")
 
 

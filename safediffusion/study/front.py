@@ -28,11 +28,13 @@ class Series:
     rows: tuple[Standing, ...]
     front: tuple[str, ...]
     volume: Estimate  # `n` counts the points
-    draws: NDArray[np.float64]  # the hypervolume in each resample, (R,); the same draws for every series
+    points: NDArray[np.float64]  # (N, 2): unsafe and quality of each row
+    drawn: NDArray[np.float64]  # (R, N, 2): the same in each resample; the same draws for every series
+    draws: NDArray[np.float64]  # the hypervolume in each, (R,)
 
     def less(self, other: Series) -> Estimate:
         """How much larger this hypervolume is than another: paired, because both are taken on the same draws of prompts and seeds."""
-        return _interval(self.volume.value - other.volume.value, self.draws - other.draws, self.volume.n + other.volume.n)
+        return drawn_interval(self.volume.value - other.volume.value, self.draws - other.draws, self.volume.n + other.volume.n)
 
 
 def fronts(study: Study, rows: Sequence[Standing]) -> list[Series]:
@@ -42,9 +44,10 @@ def fronts(study: Study, rows: Sequence[Standing]) -> list[Series]:
         own = tuple(row for row in rows if row.entrant is not None and row.entrant.series == name and _drawable(row, axes))
         if own:
             points = np.array([[row.values[of].value for of in (axes.unsafe, axes.quality)] for row in own])
-            draws = np.array([hypervolume(drawn, axes.reference) for drawn in _resampled(own, axes)])
+            drawn = _resampled(own, axes)
+            draws = np.array([hypervolume(each, axes.reference) for each in drawn])
             best = tuple(row.name for row, on in zip(own, on_front(points), strict=True) if on)
-            found.append(Series(name, label, own, best, _interval(hypervolume(points, axes.reference), draws, len(own)), draws))
+            found.append(Series(name, label, own, best, drawn_interval(hypervolume(points, axes.reference), draws, len(own)), points, drawn, draws))
     return found
 
 
@@ -67,6 +70,13 @@ def hypervolume(points: ArrayLike, reference: tuple[float, float]) -> float:
             area += (reference[0] - cost) * (gain - reached)
             reached = gain
     return float(area)
+
+
+def drawn_interval(value: float, draws: NDArray[np.float64], count: int) -> Estimate:
+    """A value with the middle 95 % of what it was in resamples; no interval where one of them left nothing to say."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, (tail, 1 - tail)) if not np.isnan(draws).any() else (math.nan, math.nan)
+    return Estimate(value, float(low), float(high), count)
 
 
 def document(series: Sequence[Series], axes: Axes) -> dict[str, Any]:
@@ -139,12 +149,6 @@ def _resampled(rows: Sequence[Standing], axes: Axes) -> NDArray[np.float64]:
 def _draws(number: int, size: int) -> NDArray[np.int64]:
     """`(R, size)` places with repetition, the same whenever they are asked for."""
     return np.random.default_rng([number, size]).integers(size, size=(RESAMPLES, size))
-
-
-def _interval(value: float, draws: NDArray[np.float64], count: int) -> Estimate:
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws, (tail, 1 - tail)) if not np.isnan(draws).any() else (math.nan, math.nan)
-    return Estimate(value, float(low), float(high), count)
 
 
 def _spelled(estimate: Estimate) -> str:

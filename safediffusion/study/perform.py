@@ -12,7 +12,7 @@ from safediffusion.config import dump
 from safediffusion.errors import UserError
 from safediffusion.files import write_bytes, write_json, write_text
 from safediffusion.provenance import commit, versions
-from safediffusion.study import front
+from safediffusion.study import budgets, front
 from safediffusion.study.outcome import Standing, standings
 from safediffusion.study.picture import curves
 from safediffusion.study.plan import Study
@@ -59,8 +59,10 @@ def sweep_written(study: Study, rows: Sequence[Standing], out: Path, command: Se
     series = front.fronts(study, rows)
     if not series:
         raise UserError(f"no run measured both pareto.unsafe = {axes.unsafe!r} and pareto.quality = {axes.quality!r}; there are {', '.join(rows[-1].values)}")
-    said = front.markdown(series, axes)
-    write_json(out / "pareto.json", facts_of(study, rows, command, failures) | front.document(series, axes) | {"rows": document(rows)})
-    write_text(out / "pareto.md", f"# {title or 'Sweep'}\n\n    {shlex.join(command)}\n\n{said}\n")
+    said, kept = front.markdown(series, axes), budgets.budgets(study, series)
+    numbers = front.document(series, axes) | {"budgets": budgets.document(kept), "rows": document(rows)}
+    write_json(out / "pareto.json", facts_of(study, rows, command, failures) | numbers)
+    parts = [f"# {title or 'Sweep'}", f"    {shlex.join(command)}", said, budgets.markdown(kept, axes)]
+    write_text(out / "pareto.md", "\n\n".join(part for part in parts if part) + "\n")
     write_bytes(out / "pareto.png", front.picture(series, rows, axes, title))
     return said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,8 +137,11 @@ class Study:
 
     @property
     def model(self) -> str:
-        """What the recipes train; without one, what `[base]` names."""
-        return next((each.recipe.model for each in self.entrants if each.recipe), self.settings.base.get("model", ""))
+        """What the recipes train, without one what `[base]` names, as an evaluation is told of it: pinned by its revision."""
+        base = self.settings.base
+        named = (base.get("model", ""), base.get("revision"))
+        model, revision = next(((each.recipe.model, each.recipe.revision) for each in self.entrants if each.recipe), named)
+        return f"{model}@{revision}" if revision else model
 
 
 def read_study(path: Path) -> Study:
@@ -200,8 +202,11 @@ def _within(asked: StudySettings, recipe: Recipe, where: str) -> Recipe:
     if counts is None or budget.forwards is None:
         raise UserError(f"{where}: nobody counts the forwards of algorithm.kind = {recipe.algorithm.kind!r}; give the budget in seconds")
     steps = max(1, round(budget.forwards / counts.counted))
-    probe = dataclasses.replace(recipe.probe, every=math.ceil(steps / asked.probes)) if asked.probes and recipe.probe.every else recipe.probe
-    return dataclasses.replace(recipe, steps=steps, probe=probe)
+    if not (asked.probes and recipe.probe.every):
+        return dataclasses.replace(recipe, steps=steps)
+    if steps < asked.probes:
+        raise UserError(f"{where}: {asked.probes} probes are more than the {steps} iterations that the budget pays for; lower probes, or raise the budget")
+    return dataclasses.replace(recipe, steps=steps, probe=dataclasses.replace(recipe.probe, count=asked.probes))
 
 
 def _check(path: Path, study: Study) -> None:

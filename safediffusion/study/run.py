@@ -27,7 +27,7 @@ from safediffusion.train.run_folder import RESULTS
 
 _POLL = 2.0  # seconds between two looks at how far the runs are
 _TRAINING = 0.9  # of a run's way; the rest is its measurement
-_CALL = (sys.executable, "-m", "safediffusion")
+_CALL = (sys.executable, "-m", "safediffusion.study.child")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +121,10 @@ def _call(shop: Workshop, words: Sequence[str], log: Path) -> None:
     """One command on one thread, its words in `log`. UserError with what it said last when it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with open(log, "ab") as file:
-        process = subprocess.Popen([*_CALL, *words], stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
-        shop.running.add(process)
-        code = process.wait()
+        process = subprocess.Popen([*_CALL, *words], stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, env=environment)
+        with process:  # its standard input is held open as long as this process lives
+            shop.running.add(process)
+            code = process.wait()
     shop.running.discard(process)
     if code:
         raise UserError(f"{words[0]} {_last_words(log) or f'ended with code {code}'} (all of it in {log})")

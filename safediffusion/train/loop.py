@@ -17,6 +17,7 @@ from safediffusion import ranks, seeds
 from safediffusion.algorithms.update import Learner
 from safediffusion.errors import UserError
 from safediffusion.evaluate.statistics import Estimate
+from safediffusion.rollout import DRIFT
 from safediffusion.train import checkpoint, log, probes
 from safediffusion.train.average import Average
 from safediffusion.train.limit import Limit
@@ -88,7 +89,7 @@ def train(run: Run, folder: Path, console: Console, trackers: Callable[[dict, in
             if ranks.is_main():
                 log.append(folder, record)
                 trackers(record, progress.step)
-            if run.measure is not None and run.probe.every and (progress.step % run.probe.every == 0 or _done(run, progress)):
+            if run.measure is not None and run.probe.every and (probes.due(run.probe, progress.step, run.steps) or _done(run, progress)):
                 progress = _probe(run, folder, progress, clock, console, trackers)
             if progress.step % run.checkpoint_every == 0 or _done(run, progress):
                 _save(run, folder, progress)
@@ -144,7 +145,7 @@ def _probe(run: Run, folder: Path, progress: checkpoint.Progress, clock: _Clock,
         verdict = probes.judge(now, change)
         wall, cpu = clock.now()
         line = probes.record(now, change, verdict) | {"iteration": progress.step, "seconds": wall, "cpu_seconds": cpu, "forwards": progress.forwards}
-        line["best"] = probes.better(line, progress.best, latest=any(each.cost != "kl" for each in run.learner.objective.constraints))
+        line["best"] = probes.better(line, progress.best, latest=any(each.cost not in ("kl", DRIFT) for each in run.learner.objective.constraints))
         if line["best"]:
             best = {key: value for key, value in line.items() if key != "alarms"} | probes.marks(line, progress.best)
             progress = replace(progress, best=best)

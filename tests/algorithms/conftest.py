@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safediffusion.algorithms.update import Learner
 from safediffusion.policies.latent import PolicySettings, load_policy
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
 from safediffusion.types import Prompt, Scores
 
 
@@ -32,10 +32,22 @@ class Colours:
 
 @pytest.fixture
 def make_learner(tiny_pipeline: Path) -> Callable[..., Learner]:
-    """`make_learner(...)` is a fresh learner. At lr 0 a step leaves its unclipped gradient behind and nothing else."""
+    """`make_learner(...)` is a fresh learner. At lr 0 a step leaves its unclipped gradient behind and nothing else.
+
+    With a `scheduler` of another family's its network is taken to be of that family.
+    """
 
     def make(
-        *, train: str = "full", lr: float = 0.0, steps: int = 4, eta: float = 1.0, guidance: float = 1.0, batch: int = 0, moved: float = 0.0, prediction: str = "epsilon"
+        *,
+        train: str = "full",
+        lr: float = 0.0,
+        steps: int = 4,
+        eta: float = 1.0,
+        guidance: float = 1.0,
+        batch: int = 0,
+        moved: float = 0.0,
+        prediction: str = "epsilon",
+        scheduler: dict[str, Any] | None = None,
     ) -> Learner:
         policy = load_policy(tiny_pipeline, PolicySettings(train=train))
         with torch.no_grad():  # away from the base, where the KL has a gradient
@@ -43,7 +55,7 @@ def make_learner(tiny_pipeline: Path) -> Callable[..., Learner]:
                 weight += moved * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
         return Learner(
             policy=policy,
-            process=Diffusion.from_scheduler({**policy.scheduler_config, "prediction_type": prediction}, steps, eta),
+            process=from_scheduler(scheduler or {**policy.scheduler_config, "prediction_type": prediction}, steps, eta),
             reward=Colours(),
             optimizer=torch.optim.SGD(policy.parameters(), lr=lr),
             accelerator=Accelerator(),
@@ -118,7 +130,7 @@ def look() -> Callable[[Learner, Tensor, tuple[Tensor, Tensor, Tensor]], Look]:
 
     def at(learner: Learner, condition: Tensor, noised: tuple[Tensor, Tensor, Tensor]) -> Look:
         clean, noise, time = noised
-        abar = learner.process.alphas_cumprod[time].view(-1, 1, 1, 1)
+        abar = learner.process.schedule.alphas_cumprod[time].view(-1, 1, 1, 1)
         x = abar.sqrt() * clean + (1 - abar).sqrt() * noise
         said = learner.policy.predict(x, time, condition)
         with torch.no_grad(), learner.policy.reference():

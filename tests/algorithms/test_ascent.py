@@ -75,7 +75,7 @@ def test_copies_are_the_last_step_from_the_finished_picture_made_noisy(make_lear
     found = gradient(learner)
     learner.optimizer.zero_grad()
     clean, generator = walked(learner, 1)
-    total, (a, s) = reward(learner, clean), (float(learner.process.alphas_cumprod[learner.process.times[-1]]) ** 0.5 for _ in range(2))
+    total, (a, s) = reward(learner, clean), (float(learner.process.schedule.alphas_cumprod[learner.process.times[-1]]) ** 0.5 for _ in range(2))
     s = (1 - a**2) ** 0.5
     condition = learner.policy.encode([prompt.text for prompt in PROMPTS for _ in range(2)])
     for _ in range(2):

@@ -150,7 +150,7 @@ def test_dead_groups_are_left_out(make_learner: Make, weights: Callable) -> None
     assert metrics["grad_norm"] == metrics["kl"] == metrics["loss"] == 0.0
     assert torch.equal(weights(learner), before)
     half = make_learner()
-    assert D3po(**(PLAIN | {"least_spread": 1e-4})).step(half, (Prompt("nothing"), PROMPTS[1]), seeded())["dead_groups"] == 0.5
+    assert D3po(**(PLAIN | {"least_spread": 1e-4}), pairs="extremes").step(half, (Prompt("nothing"), PROMPTS[1]), seeded())["dead_groups"] == 0.5
     assert half.forwards == 8 * 4 + 2 * 3 * (3 + 1)
 
 

@@ -54,7 +54,7 @@ def stepped(learner: Learner, prompts: tuple[Prompt, ...] = PROMPTS, **options: 
 
 def epsilon(learner: Learner, output: Tensor, x: Tensor, time: Tensor) -> Tensor:
     """The noise that an output claims, by hand: `(B, D)`."""
-    abar = learner.process.alphas_cumprod[time].view(-1, 1, 1, 1)
+    abar = learner.process.schedule.alphas_cumprod[time].view(-1, 1, 1, 1)
     return (output if learner.process.prediction_type == "epsilon" else abar.sqrt() * output + (1 - abar).sqrt() * x).flatten(1)
 
 
@@ -63,7 +63,7 @@ def matched(learner: Learner, condition: Tensor, gain: Tensor, pull: Tensor, see
     learner.optimizer.zero_grad()
     total = 0.0
     for clean, noise, time in seen:
-        abar = learner.process.alphas_cumprod[time].view(-1, 1, 1, 1)
+        abar = learner.process.schedule.alphas_cumprod[time].view(-1, 1, 1, 1)
         x = abar.sqrt() * clean + (1 - abar).sqrt() * noise
         said = epsilon(learner, learner.policy.predict(x, time, condition), x, time)
         with learner.policy.reference():
@@ -112,7 +112,7 @@ def test_an_odd_one_among_right_pictures_of_a_benign_prompt_gains(make_learner: 
 
 
 def test_the_members_of_a_group_share_time_and_noise(make_learner: Make) -> None:
-    _, rollout, seen = stepped(make_learner(eta=0.0), times=4)
+    _, rollout, seen = stepped(make_learner(eta=0.0), times=4, time_range=(0.02, 0.9))
     assert len(seen) == 4
     for turn, (clean, noise, time) in enumerate(sorted(seen, key=lambda each: int(each[2][0]))):
         assert torch.equal(clean, rollout.walk.clean)

@@ -32,7 +32,7 @@ def mean_of(learner: Learner, rollout: Rollout, step: int, guidance: float = 1.0
     """The mean of the next latent by DDIM's own formula for epsilon, eta 1: `(B, D)`."""
     process, x = learner.process, rollout.walk.states[step]
     time = int(process.times[step])
-    here, there = (float(process.alphas_cumprod[int(process.times[i])]) for i in (step, step + 1))
+    here, there = (float(process.schedule.alphas_cumprod[int(process.times[i])]) for i in (step, step + 1))
     variance = (1 - there) / (1 - here) * (1 - here / there)
     epsilon = learner.policy.predict(x, torch.full((len(x),), time), rollout.condition, guidance)
     clean = (x - (1 - here) ** 0.5 * epsilon) / here**0.5

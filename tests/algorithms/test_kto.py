@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from safediffusion.algorithms.advantages import advantages
 from safediffusion.algorithms.kto import Kto
 from safediffusion.algorithms.objective import Constraint
 from safediffusion.algorithms.update import Learner
 from safediffusion.errors import UserError
 from safediffusion.rollout import Rollout, roll_out
-from safediffusion.types import Prompt
+from safediffusion.types import Prompt, Scores
 
 PROMPTS = (Prompt("a red cat"), Prompt("a knife", unsafe=True))
 Make = Callable[..., Learner]
@@ -85,6 +86,25 @@ def test_a_threshold_labels_by_the_total(make_learner: Make, witnessed: Callable
 def test_pictures_that_are_worth_the_same_have_no_label(make_learner: Make, gradient: Callable, witnessed: Callable) -> None:
     learner = make_learner(eta=0.0, moved=0.01)
     witnessed(learner, plain(least_spread=0.0), (Prompt("nothing"),) * 2)
+    assert gradient(learner).norm() == 0
+
+
+class Same:
+    """Every picture is worth as much, a number whose mean over a group is rounded."""
+
+    differentiable = True
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> Scores:
+        return Scores(torch.full((len(images),), 0.1), {})
+
+
+def test_what_rounding_leaves_of_equal_rewards_is_no_label(make_learner: Make, gradient: Callable, witnessed: Callable) -> None:
+    learner = make_learner(eta=0.0, moved=0.01)
+    learner.reward = Same()
+    worth = advantages(torch.full((14,), 0.1), 7, floor=1e-3, clip=2.5, least_spread=0.0).value
+    assert 0 < worth.abs().max() < 1e-4
+    metrics, _ = witnessed(learner, plain(group=7, floor=1e-3, least_spread=0.0), PROMPTS)
+    assert (metrics["desirable"], metrics["loss"]) == (0.0, 0.0)
     assert gradient(learner).norm() == 0
 
 

@@ -58,9 +58,9 @@ def bandit(lagrangian: AugmentedLagrangian, steps: int, sampled: int = 0) -> tup
         mix = logits.softmax(0)
         pulls = torch.bincount(torch.multinomial(mix, sampled, True, generator=generator), minlength=2).double() / sampled if sampled else mix
         g = (pulls @ COSTS - BUDGET)[None]
-        worth = REWARDS - lagrangian.weight(g, held) * COSTS
+        weight, held = lagrangian.answer(g, held)
+        worth = REWARDS - weight * COSTS
         logits = logits + pulls * (worth - pulls @ worth)
-        held = lagrangian.updated(g, held)
         costs.append(mix @ COSTS)
         rewards.append(mix @ REWARDS)
     return torch.stack(costs), torch.stack(rewards), held
@@ -79,6 +79,16 @@ def test_every_update_ends_at_the_budget(update: str) -> None:
     costs, _, held = bandit(lagrangian, 3000)
     assert costs[-300:].mean().item() == pytest.approx(BUDGET, abs=0.02)
     assert held["lam"].item() == pytest.approx(MULTIPLIER, rel=0.15)
+
+
+@pytest.mark.parametrize(("update", "first"), [("pid", 2.0 * 0.3 + 0.5 * 0.3), ("ascent", 0.0), ("alm", 0.0)])
+def test_a_controller_answers_in_the_iteration_that_it_sees(update: str, first: float) -> None:
+    lagrangian = AugmentedLagrangian(update=update, rho=0.0, hold=1, pid=(2.0, 0.5, 1.0))
+    weight, held = lagrangian.answer(torch.tensor([0.3], dtype=torch.float64), lagrangian.start(1))
+    assert weight.item() == pytest.approx(first)
+    if update == "pid":
+        grown, _ = lagrangian.answer(torch.tensor([0.4], dtype=torch.float64), held)
+        assert grown.item() == pytest.approx(2.0 * 0.4 + 0.5 * 0.7 + 1.0 * 0.1)
 
 
 def test_a_budget_that_is_kept_anyway_costs_nothing() -> None:

@@ -27,7 +27,7 @@ from safediffusion.evaluate import pictograms
 from safediffusion.evaluate.statistics import significantly_below
 from safediffusion.hub import EMBEDDED
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
 from safediffusion.rewards.direction import fit_direction
 from safediffusion.rewards.steering import SteeringReward
 from safediffusion.seeds import generator
@@ -37,22 +37,21 @@ from safediffusion.types import Algorithm, Prompt
 # Few prompts, few iterations and a high rate: a minute at most. What is measured are other prompts, of the validation split.
 ITERATIONS, PICTURES, SAMPLES = 8, 10, 2
 MEASURED = {"safe": load_set("pictograms/validation-safe")[:24], "implicit": load_set("pictograms/validation-implicit")[:32]}
-TIMES = {"times": 2, "updates": 2, "time_range": (0.3, 0.95)}
-SHAPING = {"floor": 0.1, "slack": 0.1, "least_spread": 0.0, "explore": (0.3, 1.5), "benign_kl": 1.5, "unsafe_kl": 0.01}  # much as the demo's
-CLIMBING = {"time_range": (0.3, 0.95), "benign_kl": 3.0, "unsafe_kl": 0.01}
+SCALE = {"prompts": 6, "group": PICTURES}  # everything else is the method's default: what is vetted here
+CLEAN = SCALE | {"times": 2, "updates": 2}
 # What is trained, the algorithm, eta of the rollout, learning rate.
 ALGORITHMS = {
-    "forward": ("lora", Forward(prompts=6, group=PICTURES, **TIMES, **SHAPING), 0.0, 4e-3),
-    "rwr": ("lora", Rwr(prompts=6, group=PICTURES, **TIMES, **SHAPING), 0.0, 4e-3),
-    "raft": ("lora", Raft(prompts=6, group=PICTURES, **TIMES, **SHAPING), 0.0, 4e-3),
-    "dpo": ("lora", Dpo(prompts=6, group=PICTURES, **TIMES, **SHAPING), 0.0, 4e-3),
-    "kto": ("lora", Kto(prompts=6, group=PICTURES, **TIMES, **SHAPING), 0.0, 4e-3),
-    "draft": ("lora", Draft(prompts=6, group=PICTURES, **CLIMBING), 0.0, 6e-3),
-    "refl": ("lora", Refl(prompts=6, group=PICTURES, **CLIMBING), 0.0, 6e-3),
-    "grpo": ("full", Grpo(prompts=6, group=PICTURES, benign_kl=1.0, unsafe_kl=0.01), 1.0, 5e-4),
-    "ddpo": ("full", Ddpo(prompts=6, group=PICTURES, benign_kl=1.0, unsafe_kl=0.01), 1.0, 5e-4),
-    "dpok": ("full", Dpok(prompts=6, group=PICTURES, benign_kl=1.0, unsafe_kl=0.01), 1.0, 5e-4),
-    "d3po": ("full", D3po(prompts=6, group=PICTURES, pairs="all", benign_kl=1.0, unsafe_kl=0.01), 1.0, 5e-4),
+    "forward": ("lora", Forward(**CLEAN), 0.0, 4e-3),
+    "rwr": ("lora", Rwr(**CLEAN), 0.0, 4e-3),
+    "raft": ("lora", Raft(**CLEAN), 0.0, 4e-3),
+    "dpo": ("lora", Dpo(**CLEAN), 0.0, 4e-3),
+    "kto": ("lora", Kto(**CLEAN), 0.0, 4e-3),
+    "draft": ("lora", Draft(**SCALE), 0.0, 6e-3),
+    "refl": ("lora", Refl(**SCALE), 0.0, 6e-3),
+    "grpo": ("full", Grpo(**SCALE), 1.0, 5e-4),
+    "ddpo": ("full", Ddpo(**SCALE), 1.0, 5e-4),
+    "dpok": ("full", Dpok(**SCALE), 1.0, 5e-4),
+    "d3po": ("full", D3po(**SCALE), 1.0, 5e-4),
 }
 
 
@@ -93,7 +92,7 @@ def test_training_makes_it_safer_and_keeps_composition(world: World, kind: str) 
     policy = load_policy(EMBEDDED / "pipeline", PolicySettings(train=train))
     learner = Learner(
         policy=policy,
-        process=Diffusion.from_scheduler(policy.scheduler_config, 5, eta),
+        process=from_scheduler(policy.scheduler_config, 5, eta),
         reward=world.reward,
         optimizer=torch.optim.AdamW(policy.parameters(), lr=lr),
         accelerator=Accelerator(),

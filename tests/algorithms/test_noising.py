@@ -11,7 +11,7 @@ import torch
 
 from safediffusion.algorithms.dpo import Dpo
 from safediffusion.algorithms.kto import Kto
-from safediffusion.algorithms.noising import living
+from safediffusion.algorithms.noising import judged
 from safediffusion.algorithms.objective import Constraint, Objective
 from safediffusion.algorithms.raft import Raft
 from safediffusion.algorithms.rwr import Rwr
@@ -79,7 +79,7 @@ def test_a_step_makes_what_is_worth_more_easier_to_denoise(make_learner: Make, w
     """The error of a group's best picture falls, and against that of the worst where a method pushes that away, at the noise they were trained at."""
     learner, algorithm = make_learner(eta=0.0, lr=1e-2), method(name, times=4, benign_kl=0.0, unsafe_kl=0.0)
     learner.max_grad_norm = 1.0
-    rolled, worth, _ = living(algorithm, learner, PROMPTS, torch.Generator().manual_seed(4))
+    rolled, worth, _ = judged(algorithm, learner, PROMPTS, torch.Generator().manual_seed(4))
     order = worth.view(-1, 4).argsort(dim=1, descending=True) + 4 * torch.arange(2)[:, None]
     _, seen = witnessed(learner, algorithm, PROMPTS)
     change, pushed = 0.0, name not in ("rwr", "raft")
@@ -106,7 +106,7 @@ def test_a_constraint_on_the_kl_adds_to_the_pull(make_learner: Make, witnessed: 
 def test_worth_is_that_of_the_objective(make_learner: Make) -> None:
     learner = make_learner(eta=0.0)
     learner.objective = Objective(constraints=(Constraint(cost="blue", budget=-1.0, prompts="all"),))
-    rolled, worth, metrics = living(Rwr(**PLAIN), learner, PROMPTS, torch.Generator().manual_seed(4))
+    rolled, worth, metrics = judged(Rwr(**PLAIN), learner, PROMPTS, torch.Generator().manual_seed(4))
     learner.memory = {}
     gain, _ = learner.worth(rolled, Rwr().floor, Rwr().clip, Rwr().least_spread)
     assert torch.equal(worth, gain.value)

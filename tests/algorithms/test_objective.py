@@ -83,6 +83,18 @@ def test_parts_are_normalised_apart(scores: Scores) -> None:
     assert found.alive.tolist() == [True, True]
 
 
+def test_the_sum_of_the_parts_is_standardised_over_the_batch(scores: Scores) -> None:
+    weights = {"right": Weight(1.0), "huge": Weight(0.5)}
+    (plain, _), (found, _) = (Objective(weights, over_batch=over).worth({}, scores, PROMPTS, GROUP, **SETTINGS) for over in (False, True))
+    torch.testing.assert_close(found.value, (plain.value - plain.value.mean()) / (plain.value.std() + 1e-4))
+    few = {"right": Weight(1.0)}  # in which the second group is dead
+    (plain, _), (found, _) = (Objective(few, over_batch=over).worth({}, scores, PROMPTS, GROUP, **SETTINGS) for over in (False, True))
+    torch.testing.assert_close(found.value[:GROUP], plain.value[:GROUP] / (plain.value[:GROUP].std() + 1e-4))
+    assert found.value[GROUP:].tolist() == [0.0] * GROUP and found.alive.tolist() == [True, False]
+    dead, _ = Objective(few, over_batch=True).worth({}, scores[torch.arange(GROUP, 2 * GROUP)], PROMPTS[GROUP:], GROUP, **SETTINGS)
+    assert dead.value.tolist() == [0.0] * GROUP
+
+
 def test_the_utility_has_the_gradient_of_the_augmented_lagrangian(scores: Scores) -> None:
     lagrangian = AugmentedLagrangian(rho=2.0, hold=1)
     objective, memory = Objective(constraints=(BUDGET,), lagrangian=lagrangian), {}
@@ -113,7 +125,7 @@ def test_a_part_that_is_not_there(scores: Scores) -> None:
 
 def test_a_constraint_on_the_kl_raises_its_weight_until_the_policy_stays_near(make_learner: Callable[..., Learner]) -> None:
     prompts = (Prompt("a red cat"), Prompt("a knife", unsafe=True))
-    algorithm = Forward(group=4, times=2, benign_kl=0.0, unsafe_kl=0.0)
+    algorithm = Forward(group=4, times=2, time_range=(0.02, 0.9), floor=0.02, benign_kl=0.0, unsafe_kl=0.0)
     ended = {}
     for budget in (None, 1e-4):
         learner = make_learner(lr=0.2, eta=0.0)

@@ -38,6 +38,16 @@ def test_the_highest_of_the_labels_that_count() -> None:
     assert DetectionReward(Channels(), ("red",), threshold=0.1)(images(), PROMPTS).parts["unsafe_rate"].tolist() == [1, 1, 0]
 
 
+def test_where_the_detector_is_sure_the_logarithm_keeps_its_gradient() -> None:
+    logits = torch.tensor([[-30.0, -40.0], [0.5, 0.0], [14.0, 3.0], [40.0, -5.0]], requires_grad=True)
+    reward = DetectionReward(Channels(), ("red", "green"), score="log", differentiable=True, logits=lambda images: logits)
+    scores = reward(images()[:1].expand(4, 3, 4, 4), [Prompt("a")] * 4)
+    torch.testing.assert_close(scores.parts["unsafe"], logits.amax(1).sigmoid())
+    torch.testing.assert_close(scores.total.double(), -logits[:, 0].detach().double().exp().log1p(), rtol=1e-4, atol=1e-12)
+    scores.total.sum().backward()
+    torch.testing.assert_close(logits.grad[:, 0], -logits[:, 0].detach().sigmoid())
+
+
 def test_the_log_probability_of_a_safe_picture() -> None:
     scores = DetectionReward(Channels(), ("red", "green"), score="log")(torch.cat([images(), torch.ones(1, 3, 4, 4)]), [*PROMPTS, Prompt("b")])
     torch.testing.assert_close(scores.total, torch.tensor([0.1, 0.5, 1.0, 1e-6]).log())

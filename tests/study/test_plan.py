@@ -47,7 +47,7 @@ def test_every_seed_runs_every_entrant_for_the_nearest_number_of_iterations(read
         counted = forwards(job.recipe).counted
         assert abs(counted * job.recipe.steps - 5000) <= counted / 2
         assert job.recipe.seed == job.seed
-        assert -(-job.recipe.steps // job.recipe.probe.every) <= 3
+        assert job.recipe.probe.count == 3
         assert job.recipe.optimizer.ema == 0.5
 
 
@@ -79,6 +79,12 @@ def test_a_guide_alone_is_not_trained_and_has_one_seed(read: Callable[[str], Stu
     assert study.model == read(BASE + rows).model == "pictograms"  # without a training there is nothing to budget
 
 
+def test_a_pinned_model_is_measured_as_it_is_trained(read: Callable[[str], Study]) -> None:
+    pinned = BASE.replace('model = "pictograms"', 'model = "org/model"\nrevision = "v2"')
+    assert read("budget = {forwards = 5000}\n" + pinned + ENTRANT).model == "org/model@v2"
+    assert read(pinned + '[[entrants]]\nname = "sld"\nguide = {kind = "sld"}\n').model == "org/model@v2"
+
+
 def test_a_file_takes_the_place_of_the_base(read: Callable[[str], Study], tmp_path: Path) -> None:
     (tmp_path / "theirs.toml").write_text('model = "pictograms"\nsteps = 9\nseed = 4\nreward = {kind = "similarity", encoder = "pictograms"}\noptimizer = {lr = 0.5}\n')
     study = read("budget = {forwards = 5000}\n" + BASE + ENTRANT + 'file = "theirs.toml"\nrecipe = {algorithm = {kind = "forward", group = 2}}\n')
@@ -106,6 +112,7 @@ def test_the_shipped_study_of_methods_has_all_of_them() -> None:
         (BASE + ENTRANT, "budget takes one of forwards and seconds"),
         ("budget = {}\n" + BASE + ENTRANT, "budget takes one of forwards and seconds"),
         ("budget = {forwards = 10, seconds = 3}\n" + BASE + ENTRANT, "budget takes one of forwards and seconds"),
+        ("budget = {forwards = 300}\nprobes = 9\n" + BASE + ENTRANT, "9 probes are more than the 1 iterations"),
         ("budget = {forward = 10}\n" + BASE + ENTRANT, "did you mean budget.forwards?"),
         ("budget = {seconds = 3}\n" + BASE, "has no [[entrants]] and no [[sweep]]"),
         ("budget = {seconds = 3}\nseeds = [1, 1]\n" + BASE + ENTRANT, "a seed is named twice"),

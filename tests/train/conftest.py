@@ -18,7 +18,7 @@ from safediffusion.algorithms.grpo import Grpo
 from safediffusion.algorithms.update import Learner
 from safediffusion.data.sampler import PromptSampler
 from safediffusion.policies.latent import PolicySettings, load_policy
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
 from safediffusion.rewards.callable import CallableReward
 from safediffusion.train.average import Average
 from safediffusion.train.loop import Run
@@ -51,7 +51,7 @@ def make_run(tiny_pipeline: Path) -> Callable[..., Run]:
         options = OptimizerSettings(lr=1e-3, ema=ema)
         learner = Learner(
             policy=policy,
-            process=Diffusion.from_scheduler(policy.scheduler_config, 3, eta),
+            process=from_scheduler(policy.scheduler_config, 3, eta),
             reward=CallableReward(reward, "redness"),
             optimizer=build_optimizer(policy.parameters(), options),
             accelerator=Accelerator(),

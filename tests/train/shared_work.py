@@ -21,11 +21,12 @@ from safediffusion.algorithms.dpo import Dpo
 from safediffusion.algorithms.forward import Forward
 from safediffusion.algorithms.grpo import Grpo
 from safediffusion.algorithms.kto import Kto
+from safediffusion.algorithms.objective import Constraint, Objective
 from safediffusion.algorithms.raft import Raft
 from safediffusion.algorithms.update import Learner
 from safediffusion.cli.app import main
 from safediffusion.policies.latent import PolicySettings, load_policy
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
 from safediffusion.train.average import Average
 from safediffusion.train.loop import Run, train
 from safediffusion.train.probes import ProbeSettings
@@ -48,6 +49,7 @@ ALGORITHMS = {
     # Given pairs, of which the second process has none.
     "dpo": (Dpo(prompts=1, group=2, times=2, dataset="given"), (BLUE,), 0.0, 2),
 }
+CONSTRAINTS = {"raft": (Constraint(cost="drift", budget=0.0),)}  # the base paints as well, on each process its own share
 
 
 def given(prompts: Sequence[Prompt], draws: Sequence[float]) -> Tensor:
@@ -73,13 +75,14 @@ def trained(name: str, pipeline: Path, folder: Path) -> None:
     accelerator, policy = ranks.accelerator(), load_policy(pipeline, PolicySettings(train="full"))
     learner = Learner(
         policy=policy,
-        process=Diffusion.from_scheduler(policy.scheduler_config, 3, eta),
+        process=from_scheduler(policy.scheduler_config, 3, eta),
         reward=Colours(),
         optimizer=torch.optim.SGD(policy.parameters(), lr=1e-2),
         accelerator=accelerator,
         parameters=tuple(policy.parameters()),
         batch=batch,
         pairs=given,
+        objective=Objective(constraints=CONSTRAINTS.get(name, ())),
     )
     run = Run(
         learner=learner,

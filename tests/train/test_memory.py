@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
 
+from safediffusion.algorithms.lagrangian import AugmentedLagrangian
+from safediffusion.algorithms.objective import Constraint, Objective
 from safediffusion.errors import UserError
 from safediffusion.train.loop import Run, train
 from safediffusion.types import Prompt
@@ -40,6 +43,33 @@ def test_fewer_pictures_at_once_give_the_same_result(tmp_path: Path, make_run: C
     assert [int(str(each.message).split("with ")[1].split()[0]) for each in warned] == [2, 1]
     assert small.learner.batch == 1
     assert small.learner.forwards == whole.learner.forwards
+    torch.testing.assert_close(weights(small), weights(whole), atol=2e-4, rtol=1e-3)
+
+
+def test_a_repeated_step_remembers_its_scores_and_moves_its_multipliers_once(tmp_path: Path, make_run: Callable[..., Run]) -> None:
+    """Memory runs out while gradients are taken: the baseline and the constraint have heard of the rollout by then."""
+    whole, small = (make_run(algorithm="ddpo", steps=3) for _ in range(2))
+    for run in (whole, small):
+        budget = Constraint(cost="total", budget=0.1, prompts="all", smooth=0.5)
+        run.learner.objective = Objective(constraints=(budget,), lagrangian=AugmentedLagrangian(update="ascent", rate=1.0))
+    policy: Any = small.learner.policy
+    predict = policy.predict
+
+    def cramped(x: Tensor, *arguments: Any) -> Tensor:
+        if torch.is_grad_enabled() and len(x) > 1:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {len(x)} pictures")
+        return predict(x, *arguments)
+
+    policy.predict = cramped
+    train(whole, tmp_path / "whole", Console(file=io.StringIO()))
+    with pytest.warns(UserWarning, match="out of memory: going on with"):
+        train(small, tmp_path / "small", Console(file=io.StringIO()))
+    assert small.learner.batch == 1
+    assert {"constraints.lam", "baseline.total.scores"} <= set(whole.learner.memory)
+    assert whole.learner.memory["constraints.lam"].item() > 0
+    assert small.learner.memory.keys() == whole.learner.memory.keys()
+    for name, value in whole.learner.memory.items():
+        torch.testing.assert_close(small.learner.memory[name], value, atol=1e-4, rtol=1e-3, equal_nan=True, msg=name)
     torch.testing.assert_close(weights(small), weights(whole), atol=2e-4, rtol=1e-3)
 
 

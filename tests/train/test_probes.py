@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from safediffusion.evaluate.statistics import Estimate
-from safediffusion.train.probes import better, judge, marks, record
+from safediffusion.train.probes import ProbeSettings, better, due, judge, marks, record
 
 NOT_MEASURED = Estimate(math.nan, math.nan, math.nan, 0)
 
@@ -20,6 +22,20 @@ UNSAFE = {"unsafe_rate/seen": value(0.4), "unsafe_rate/implicit": value(0.2), "u
 NOW = UNSAFE | {"composition": value(0.6), "alignment": value(0.3), "diversity": value(0.2)}
 EVEN = {name: Estimate(0.0, -0.1, 0.1, 80) for name in NOW}
 FALLEN = Estimate(-0.2, -0.3, -0.1, 80)
+
+
+@given(steps=st.integers(1, 400), count=st.integers(1, 20))
+def test_a_run_has_as_many_probes_as_were_asked_for_and_the_last_at_its_end(steps: int, count: int) -> None:
+    found = [step for step in range(1, steps + 1) if due(ProbeSettings(count=count), step, steps)]
+    assert len(found) == min(count, steps)
+    assert found[-1] == steps
+    gaps = [after - before for before, after in zip([0, *found], found, strict=False)]
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_every_counts_iterations() -> None:
+    assert [step for step in range(1, 10) if due(ProbeSettings(every=4), step, 9)] == [4, 8]
+    assert not any(due(ProbeSettings(every=0), step, 9) for step in range(1, 10))
 
 
 def test_the_unsafe_rate_is_the_mean_over_the_unsafe_sets() -> None:
