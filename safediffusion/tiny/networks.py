@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UNet2DConditionModel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 CONTEXT = 24
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -95,3 +96,47 @@ def unet() -> UNet2DConditionModel:
 def scheduler() -> DDIMScheduler:
     """The noise schedule of Stable Diffusion 1.x."""
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+def sentence_encoder(encoder: CLIPTextModel, layers: int, scale: float) -> CLIPTextModelWithProjection:
+    """The first `layers` layers of `encoder` as Stable Diffusion 3 wants its text encoders: with one layer more, whose states it never reads.
+
+    That layer and the projection pass on what they get. All states are `scale` times those of `encoder`, which its layer norms
+    undo: only who reads the states before a norm, as Stable Diffusion 3 does, sees it.
+    """
+    changed = {"num_hidden_layers": layers + 1, "projection_dim": encoder.config.hidden_size, "layer_norm_eps": encoder.config.layer_norm_eps * scale**2}
+    config = encoder.config.to_dict() | changed
+    network = CLIPTextModelWithProjection(CLIPTextConfig(**config))
+    state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    for name in state:
+        if "embedding.weight" in name or ("layers." in name and ("out_proj" in name or "fc2" in name)):
+            state[name] *= scale
+    passing = f"encoder.layers.{layers}."
+    for name, tensor in network.text_model.state_dict().items():
+        if name.startswith(passing):
+            state[name] = torch.zeros_like(tensor)
+    network.text_model.load_state_dict({name: state[name] for name in network.text_model.state_dict()})
+    with torch.no_grad():
+        network.text_projection.weight.copy_(torch.eye(config["hidden_size"]))
+    return network.eval()
+
+
+def transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=5,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        qk_norm="rms_norm",
+        joint_attention_dim=192,
+        caption_projection_dim=128,
+        pooled_projection_dim=192,
+        pos_embed_max_size=4,
+    )
+
+
+def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=1.5)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from safediffusion import files, weights
 from safediffusion.errors import UserError
-from safediffusion.tiny import networks
+from safediffusion.tiny import flowing, networks
 from safediffusion.tiny.folders import replacing
 from safediffusion.tiny.scenes import SIZE
 
-PARTS = ("detector", "guard", "pipeline", "reward", "judge")
+PARTS = ("detector", "guard", "pipeline", "flow", "reward", "judge")
 _BASES = ("base_settle", "base_upright", "base_order", "base")  # checkpoints of the base, the newest stage first
-LIMIT = 16_000_000  # bytes in all: the wheel carries them
+_FLOWS = ("flow_settle", "flow")
+LIMIT = 24_000_000  # bytes in all: the wheel carries them
 # What a CLIPModel is fed with. transformers can write this file only where torchvision is installed.
 _PIXELS = {
     "image_processor_type": "CLIPImageProcessor",
@@ -40,7 +42,7 @@ _PIXELS = {
 def package(work: Path, out: Path) -> tuple[str, ...]:
     """Write to `out` each part that `work` holds, with the hash of every file; the names of the parts written.
 
-    The base model is taken from its newest checkpoint (the averaged weights), so it may be packaged while it trains.
+    The base models are taken from their newest checkpoints (the averaged weights), so they may be packaged while they train.
     A part that `work` does not hold is left out. `out` is replaced as a whole.
     """
     check_target(out)
@@ -48,6 +50,7 @@ def package(work: Path, out: Path) -> tuple[str, ...]:
         for name in ("detector", "guard"):
             _detector(work, name, new / name)
         _pipeline(work, new / "pipeline")
+        _flow(work, new / "flow")
         schooled = work / "out" / "reward_order"
         _clip(schooled if (schooled / "model.safetensors").exists() else work / "out" / "reward", new / "reward")
         _clip(work / "out" / "judge", new / "judge")
@@ -80,20 +83,16 @@ def _clip(source: Path, folder: Path) -> None:
 
 
 def _pipeline(work: Path, folder: Path) -> None:
-    vae = work / "out" / "vae" / "diffusion_pytorch_model.safetensors"
-    base = next((path for name in _BASES if (path := work / f"{name}.safetensors").exists()), None)
-    if base is None or not vae.exists():
+    base = _newest(work, _BASES)
+    if base is None or not _has_autoencoder(work):
         return
     tensors = weights.strip_prefix("average", weights.load(base)[0])
     tokenizer = CLIPTokenizer.from_pretrained(work / "out" / "tokenizer")
     text_encoder, unet = networks.text_encoder(tokenizer), networks.unet()
     text_encoder.load_state_dict(weights.strip_prefix("text", tensors))
     unet.load_state_dict(weights.strip_prefix("unet", tensors))
-    autoencoder = networks.autoencoder()
-    autoencoder.load_state_dict(weights.load(vae)[0])
-    autoencoder.register_to_config(scaling_factor=latent_scale(work))
     StableDiffusionPipeline(
-        vae=autoencoder,
+        vae=_autoencoder(work),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
@@ -106,13 +105,52 @@ def _pipeline(work: Path, folder: Path) -> None:
         _halve(folder / part / "diffusion_pytorch_model.safetensors")
 
 
+def _flow(work: Path, folder: Path) -> None:
+    checkpoint, heard = _newest(work, _FLOWS), work / "out" / "text_encoder_settled"
+    if checkpoint is None or not (heard.is_dir() and _has_autoencoder(work)):
+        return
+    tokenizer = CLIPTokenizer.from_pretrained(work / "out" / "tokenizer")
+    transformer = networks.transformer()
+    transformer.load_state_dict(weights.strip_prefix("average", weights.load(checkpoint)[0]))
+    text_encoder, text_encoder_2 = flowing.text_encoders(CLIPTextModel.from_pretrained(heard))
+    StableDiffusion3Pipeline(
+        vae=_autoencoder(work, shift_factor=0.0),  # this pipeline adds it, and fails where there is none
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        transformer=transformer,
+        scheduler=networks.flow_scheduler(),
+    ).save_pretrained(folder)
+    for file in folder.glob("*/*.safetensors"):
+        _halve(file)
+
+
+def _newest(work: Path, stages: Sequence[str]) -> Path | None:
+    """The checkpoint of the first of these stages that has begun."""
+    return next((path for name in stages if (path := work / f"{name}.safetensors").exists()), None)
+
+
+def _has_autoencoder(work: Path) -> bool:
+    return (work / "out" / "vae" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def _autoencoder(work: Path, **changed: float) -> AutoencoderKL:
+    autoencoder = networks.autoencoder()
+    autoencoder.load_state_dict(weights.load(work / "out" / "vae" / "diffusion_pytorch_model.safetensors")[0])
+    autoencoder.register_to_config(scaling_factor=latent_scale(work), **changed)
+    return autoencoder
+
+
 def latent_scale(work: Path) -> float:
     """The factor by which the pipeline's latents get a standard deviation of 1."""
     return 1 / torch.load(work / "latents.pt").std().item()
 
 
 def _halve(file: Path) -> None:
-    """Half the size; diffusers reads float16 files into float32 models. Transformers does not, so its models stay as they are."""
+    """Half the size; diffusers reads float16 files into float32 models, transformers where the config says float32."""
     save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
 
 

@@ -24,12 +24,14 @@ class Plan:
     reward: int = 2500
     reward_order: int = 1600
     judge: int = 2000
-    guard: int = 1500
+    guard: int = 3000
     base: int = 4_500
     base_words: int = 1_500
     base_order: int = 1_600
     base_upright: int = 300
     base_settle: int = 300
+    flow: int = 3_250
+    flow_settle: int = 5_000
     pictures: int = 60_000
     twins: int = 30_000
     mirrored: int = 12_000

@@ -104,13 +104,6 @@ def worn(images: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.lerp(images, blurred, share) + noise + tint).clamp(0, 1)
 
 
-def lit(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the pictures in other colours, each channel dimmed or turned round by its own: a hazard is one in any colour."""
-    gain = 2 * torch.rand(len(images), 3, 1, 1, generator=generator) - 1
-    changed = (0.5 + gain * (images - 0.5)).clamp(0, 1)
-    return torch.where(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, changed, images)
-
-
 def autoencoder_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
     x = images * 2 - 1
     posterior = vae.encode(x).latent_dist

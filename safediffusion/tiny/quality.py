@@ -52,6 +52,7 @@ def measure(folder: Path, scenes: int, twins: int, samples: int, limit: int | No
         "autoencoder": {"exact": _autoencoder(folder / "pipeline", detector, world).as_dict()},
         **{name: _clip(encoder, world, twins) for name, encoder in encoders.items()},
         "base": {name: each.as_dict() for name, each in _base(folder / "pipeline", judges, samples, limit).items()},
+        "flow": {name: each.as_dict() for name, each in _base(folder / "flow", judges, samples, limit).items()},
     }
     return {"schema": 1, "weights": weights.sha256(folder / "hashes.json"), "files": _sizes(folder), "models": measured}
 

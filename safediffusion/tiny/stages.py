@@ -20,10 +20,12 @@ from safediffusion.detectors.objects import ObjectDetector
 from safediffusion.images import from_uint8
 from safediffusion.tiny import networks
 from safediffusion.tiny.contrast import cached_twins, contrast_loss, render_twins, sample_mirrored
+from safediffusion.tiny.disguise import Disguises
 from safediffusion.tiny.fit import fit
+from safediffusion.tiny.flowing import flow, flow_settle
 from safediffusion.tiny.folders import replacing
 from safediffusion.tiny.plan import Plan, world_of
-from safediffusion.tiny.pretrain import autoencoder_loss, cached_world, detector_loss, detector_targets, hazard_loss, hazard_targets, lit, worn
+from safediffusion.tiny.pretrain import autoencoder_loss, cached_world, detector_loss, detector_targets, hazard_loss, hazard_targets, worn
 from safediffusion.tiny.schooling import base, base_order, base_settle, base_upright, base_words
 
 _READ = 24_000  # pictures a detector learns from
@@ -93,11 +95,11 @@ def guard(work: Path, plan: Plan, first: int) -> None:
     world = cached_world(work, known, seed)
     torch.manual_seed(seed)
     network = HazardDetector()
-    targets = hazard_targets(world.scenes)
+    targets, disguises = hazard_targets(world.scenes), Disguises.of(world, seed + 50)
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(known, (4 * plan.batch // 3,), generator=generator)
-        return hazard_loss(network, worn(lit(world.images(index), generator), generator), targets[index])
+        return hazard_loss(network, worn(disguises(world, index, generator), generator), targets[index])
 
     fit("guard", network, loss, work, steps=plan.guard, peak=3e-3, seed=seed, ema=0.995, checkpoint_every=plan.checkpoint_every)
     weights.save(work / "out" / "guard.safetensors", network.state_dict())
@@ -160,4 +162,6 @@ TRAINING = {
     "base_order": Stage(base_order, "text_encoder_ordered/model.safetensors", ("base_words",)),
     "base_upright": Stage(base_upright, "text_encoder_upright/model.safetensors", ("base_order",)),
     "base_settle": Stage(base_settle, "text_encoder_settled/model.safetensors", ("base_upright",)),
+    "flow": Stage(flow, "transformer/diffusion_pytorch_model.safetensors", ("base_settle",)),
+    "flow_settle": Stage(flow_settle, "transformer_settled/diffusion_pytorch_model.safetensors", ("flow",)),
 }

@@ -19,6 +19,8 @@ def short_plan():
         base_order=3,
         base_upright=3,
         base_settle=3,
+        flow=3,
+        flow_settle=3,
         pictures=96,
         twins=48,
         mirrored=24,

@@ -28,7 +28,7 @@ def test_every_part_is_there_and_sealed(built):
 def test_the_pipeline_is_that_of_its_checkpoint_up_to_half_precision(built):
     policy = load_policy(built / "out" / "pipeline", PolicySettings(train="full"))
     average = weights.strip_prefix("average.unet", weights.load(built / "work" / "base_settle.safetensors")[0])
-    for name, weight in policy.unet.state_dict().items():
+    for name, weight in policy.denoiser.state_dict().items():
         assert weight.dtype == torch.float32 and torch.equal(weight, average[name].half().float())
     average = weights.strip_prefix("average.text", weights.load(built / "work" / "base_settle.safetensors")[0])
     text_encoder = weights.load(built / "out" / "pipeline" / "text_encoder" / "model.safetensors")[0]

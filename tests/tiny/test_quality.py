@@ -17,7 +17,7 @@ def described(built, tmp_path_factory):
 
 def test_every_number_has_its_count_and_interval(described):
     _, quality = described
-    assert set(quality["models"]) == {"detector", "guard", "autoencoder", "reward", "judge", "base"}
+    assert set(quality["models"]) == {"detector", "guard", "autoencoder", "reward", "judge", "base", "flow"}
     for model, name, _, _ in ROWS:
         measured = quality["models"][model][name]
         assert set(measured) == {"value", "low", "high", "n"}
