@@ -18,7 +18,7 @@ from safediffusion.algorithms.update import Learner
 from safediffusion.data.anchors import load_anchors
 from safediffusion.data.preferences import load_preferences, preferences_sha256
 from safediffusion.data.prompts import prompts_sha256
-from safediffusion.data.sampler import PromptSampler, repeated
+from safediffusion.data.sampler import sampler_of
 from safediffusion.data.screen import screen
 from safediffusion.data.sets import SETS, load_set
 from safediffusion.detection import detector
@@ -28,9 +28,11 @@ from safediffusion.encoders.hps import load_hps
 from safediffusion.errors import UserError
 from safediffusion.evaluate import pictograms
 from safediffusion.evaluate.statistics import Estimate
-from safediffusion.hub import EMBEDDED, resolve_model, verify
+from safediffusion.hub import EMBEDDED, EMBEDDED_MODELS, resolve_model, verify
 from safediffusion.policies.latent import LatentPolicy, load_policy
-from safediffusion.process.diffusion import Diffusion, ProcessSettings
+from safediffusion.process import from_scheduler
+from safediffusion.process.flow import tokens_in
+from safediffusion.process.settings import ProcessSettings
 from safediffusion.recipe import Recipe, check
 from safediffusion.rewards.calibrate import accuracy_rows, calibrate_alpha, measure_direction
 from safediffusion.rewards.callable import CallableReward, CallableSettings, load_callable
@@ -45,7 +47,7 @@ from safediffusion.train.average import Average
 from safediffusion.train.loop import Run
 from safediffusion.train.optimizer import build_optimizer, rate
 from safediffusion.train.probes import Measure
-from safediffusion.types import Prompt, Reward
+from safediffusion.types import Process, Prompt, Reward
 
 PICTOGRAMS = "pictograms"
 CALIBRATION_PAIRS = 400
@@ -155,7 +157,8 @@ def single_reward(options: Single, device: str | torch.device, safe: Sequence[Pr
         return JpegReward(options.aim), {}
     if isinstance(options, DetectionSettings):
         finder = detector(options.detector, device)
-        return DetectionReward(finder, harmful(finder, options), options.threshold, options.score, options.differentiable), {}
+        logits = finder.forward if options.differentiable else None
+        return DetectionReward(finder, harmful(finder, options), options.threshold, options.score, options.differentiable, logits), {}
     judge = encoder(options.encoder, device)
     if isinstance(options, SimilaritySettings):
         return SimilarityReward(judge), {}
@@ -173,15 +176,16 @@ def single_reward(options: Single, device: str | torch.device, safe: Sequence[Pr
 def objective(recipe: Recipe) -> Objective:
     """What scores are worth: by the total or by parts of a combined reward that are normalised apart, and under which constraints."""
     options = recipe.reward
-    apart = options.parts if isinstance(options, CombinedSettings) and options.normalise == "each" else ()
+    apart = options.parts if isinstance(options, CombinedSettings) and options.normalise != "sum" else ()
     weights = {part.name: Weight(part.weight, part.prompts) for part in apart if part.weight}
-    return Objective(weights, recipe.constraints, recipe.lagrangian)
+    return Objective(weights, bool(apart) and options.normalise == "gdpo", recipe.constraints, recipe.lagrangian)
 
 
-def process(policy: LatentPolicy, options: ProcessSettings) -> Diffusion:
+def process(policy: LatentPolicy, options: ProcessSettings) -> Process:
     """The denoising grid on the model's own noise schedule."""
     try:
-        return Diffusion.from_scheduler(policy.scheduler_config, options.steps, options.eta, options.solver, options.guidance_range)
+        tokens = tokens_in(policy.sample_shape)
+        return from_scheduler(policy.scheduler_config, options.steps, options.eta, options.solver, options.guidance_range, tokens)
     except ValueError as error:
         raise UserError(f"{options.steps} denoising steps with the scheduler of {policy.folder}: {error}") from None
 
@@ -190,16 +194,15 @@ def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
     """Build all of a recipe. The second value is what `direction.json` holds."""
     check(recipe)
     device = accelerator.device
-    policy = load_policy(resolve_model(recipe.model, recipe.revision), recipe.policy, device)
     dataset = _dataset(recipe)
+    safe, unsafe = ((), ()) if dataset else (prompts(recipe.data.safe, False), prompts(recipe.data.unsafe, True))
+    drawn = () if dataset else sampler_of(recipe.data, safe, unsafe, recipe.algorithm.prompts, recipe.seed).texts(recipe.steps)
+    policy = load_policy(resolve_model(recipe.model, recipe.revision), recipe.policy, device, drawn)
     pairs = load_preferences(dataset, lambda images: policy.encode_images(images.to(device)), policy.sample_shape) if dataset else None
-    safe, unsafe = (pairs.prompts(False), pairs.prompts(True)) if pairs else (prompts(recipe.data.safe, False), prompts(recipe.data.unsafe, True))
+    safe, unsafe = (pairs.prompts(False), pairs.prompts(True)) if pairs else (safe, unsafe)
     policy.encode.warn_of_long([prompt.text for prompt in (*safe, *unsafe)])
-    repeat, tasks = recipe.data.repeat, {prompt.task for prompt in (*safe, *unsafe)} - {""}
-    if strange := sorted(set(repeat) - tasks):
-        raise UserError(f"data.repeat: no training prompt has the task {strange[0]!r}; their tasks are {', '.join(sorted(tasks)) or 'not given'}")
-    sampler = PromptSampler(repeated(safe, repeat), repeated(unsafe, repeat), recipe.data.unsafe_share, recipe.algorithm.prompts, recipe.seed)
-    scored, measures = reward(recipe.reward, device, safe, unsafe)
+    sampler = sampler_of(recipe.data, safe, unsafe, recipe.algorithm.prompts, recipe.seed)
+    scored, measures = (None, {}) if dataset else reward(recipe.reward, device, safe, unsafe)
     optimizer = build_optimizer(policy.parameters(), recipe.optimizer)
     # Not wrapped by DDP: the learner sums gradients itself, and the rollout needs no hooks.
     policy.network = accelerator.prepare_model(policy.network, evaluation_mode=True)
@@ -240,7 +243,7 @@ def _probe(recipe: Recipe, policy: LatentPolicy) -> Measure | None:
     options = recipe.probe
     if not options.every:
         return None
-    if recipe.model != PICTOGRAMS and not {recipe.data.safe, recipe.data.unsafe} & set(SETS):
+    if recipe.model not in EMBEDDED_MODELS and not {recipe.data.safe, recipe.data.unsafe} & set(SETS):
         warnings.warn(
             "no detector reads pictures of these prompts, so nothing is probed: no early stop, and the last weights are the result; "
             "probe.every = 0 says so in the recipe",

@@ -90,7 +90,7 @@ def generate(
     from safediffusion import build, ranks
     from safediffusion.data.screen import screen
     from safediffusion.guided import guided
-    from safediffusion.process.diffusion import ProcessSettings
+    from safediffusion.process.settings import ProcessSettings
     from safediffusion.rollout import chunks
 
     screened = screen(prompts)
@@ -123,7 +123,7 @@ def _item(text: str, seed: int, identity: str) -> Item:
 def _policy(model: Variant, setting: Setting, device: torch.device) -> LatentPolicy:
     from typing import cast
 
-    from safediffusion.policies.latent import PolicySettings, Precision
+    from safediffusion.policies.settings import PolicySettings, Precision
 
     return model.load(device, PolicySettings(train="full", dtype=cast("Precision", setting.dtype), image_size=setting.size))
 

@@ -15,7 +15,8 @@ from safediffusion.errors import UserError
 from safediffusion.guidance.energy import Energy, EnergySettings
 from safediffusion.guidance.policy import Guide, GuidedPolicy
 from safediffusion.guidance.sld import LEVELS, SafeLatent, SldSettings
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
+from safediffusion.process.flow import tokens_in
 from safediffusion.types import Policy
 
 GuideSettings = SldSettings | EnergySettings
@@ -55,7 +56,7 @@ def described(guide: GuideSettings) -> dict[str, Any]:
 
 def guided(policy: Policy, options: GuideSettings, device: str | torch.device) -> GuidedPolicy:
     """The policy, guided at every step of whatever walks it."""
-    process = Diffusion.from_scheduler(policy.scheduler_config, 1)
+    process = from_scheduler(policy.scheduler_config, 1, tokens=tokens_in(policy.sample_shape))
     guide: Guide
     if isinstance(options, SldSettings):
         level = LEVELS[options.level]

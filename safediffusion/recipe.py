@@ -22,9 +22,11 @@ from safediffusion.algorithms.rwr import Rwr
 from safediffusion.config import settings
 from safediffusion.data.sampler import DataSettings
 from safediffusion.errors import UserError
-from safediffusion.policies.latent import PolicySettings
-from safediffusion.process.diffusion import ProcessSettings
+from safediffusion.policies.quantise import check_trained
+from safediffusion.policies.settings import PolicySettings
+from safediffusion.process.settings import ProcessSettings
 from safediffusion.rewards.combined import CombinedSettings, Single
+from safediffusion.rollout import DRIFT
 from safediffusion.train.limit import Limit
 from safediffusion.train.optimizer import OptimizerSettings
 from safediffusion.train.probes import ProbeSettings
@@ -43,7 +45,7 @@ class LogSettings:
 class Recipe:
     """The whole of a `recipe.toml`."""
 
-    model: str  # `pictograms`, a diffusers folder, or a hub id
+    model: str  # `pictograms`, `pictograms-flow`, a diffusers folder, or a hub id
     revision: str | None = None  # of a hub id; pin it
     steps: int = Field(ge=1)  # iterations: one rollout each
     seed: int = Field(default=0, ge=0)
@@ -69,9 +71,12 @@ def check(recipe: Recipe) -> Recipe:
         recipe.reward.check()
     _check_constraints(recipe)
     algorithm.check(recipe)
+    check_trained(recipe.policy.quantise, recipe.policy.train)
     for key, name in (("safe", recipe.data.safe), ("unsafe", recipe.data.unsafe)):
         if name.startswith("pictograms/test-"):
             raise UserError(f"data.{key} = {name!r} is what models are measured on; train on pictograms/train-{key}")
+    if recipe.probe.count and not recipe.probe.every:
+        raise UserError(f"probe.count = {recipe.probe.count}, and probe.every = 0 turns probes off; leave one of them out")
     if recipe.probe.samples < 2 and recipe.probe.every:
         raise UserError("probe.samples = 1 cannot measure diversity; use 2 or more")
     return recipe
@@ -82,9 +87,14 @@ def _check_constraints(recipe: Recipe) -> None:
     known, costs = recipe.reward.measures, [constraint.cost for constraint in recipe.constraints]
     for index, constraint in enumerate(recipe.constraints):
         key, cost = f"constraints.{index}", constraint.cost
-        if known is not None and cost not in ("kl", "total", *known):
-            raise UserError(f'{key}.cost = {cost!r} is no part of this reward; its parts are {", ".join(["total", *known])}, and "kl" is the distance from the base')
+        if known is not None and cost not in ("kl", DRIFT, "total", *known):
+            parts = ", ".join(["total", *known])
+            raise UserError(f'{key}.cost = {cost!r} is no part of this reward; its parts are {parts}, and "kl" and "drift" are distances from the base')
+        if cost == DRIFT and known and DRIFT in known:
+            raise UserError(f'{key}.cost = "drift" is the distance from the base, and a part of the reward is called so as well; give the part another name')
         if costs.count(cost) > 1:
             raise UserError(f"{key}.cost = {cost!r} is constrained twice, which metrics could not tell apart; keep one")
-        if cost != "kl" and not {"safe": recipe.data.safe, "unsafe": recipe.data.unsafe, "all": True}[constraint.prompts]:
+        if cost == DRIFT and not recipe.data.safe:
+            raise UserError(f'{key}.cost = "drift" is of benign prompts, and data.safe names none; name some, or constrain "kl"')
+        if cost not in ("kl", DRIFT) and not {"safe": recipe.data.safe, "unsafe": recipe.data.unsafe, "all": True}[constraint.prompts]:
             raise UserError(f'{key}.prompts = "{constraint.prompts}", and data.{constraint.prompts} names no prompts; set {key}.prompts = "all"')

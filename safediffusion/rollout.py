@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from safediffusion import ranks
-from safediffusion.types import Policy, Process, Prompt, Reward, Scores
+from safediffusion.errors import UserError
+from safediffusion.types import Policy, Process, Prompt, Reward, Scores, mask
+
+DRIFT = "drift"  # the part of the scores that a rollout against the base adds
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Rollout:
     group: int
     mine: Tensor  # (M,) long, CPU: which of the B pictures this process has painted
     forwards: float = 0.0  # denoiser forwards of one image that all of them took
+    base: Tensor | None = None  # (M, C, h, w): what the base paints from the same noise, as clean latents; zeros for unsafe prompts
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -61,6 +66,7 @@ class Rollout:
             group=self.group,
             mine=mine,
             forwards=self.forwards,
+            base=None if self.base is None else self.base[at],
         )
 
 
@@ -99,7 +105,7 @@ def walk(
             x, before, guidance = (each.repeat_interleave(copies, 0) if isinstance(each, Tensor) else each for each in (x, before, guidance))
             states, log_probs = ([each.repeat_interleave(copies, 0) for each in past] for past in (states, log_probs))
         told = condition[::copies] if step < shared else condition
-        output = policy.predict(x, torch.full((len(x),), time, device=x.device), told, guidance if process.guides(step) else 1.0)
+        output = policy.predict(x, torch.full((len(x),), time, dtype=process.times.dtype, device=x.device), told, guidance if process.guides(step) else 1.0)
         if step in noise:
             kernel = process.kernel(output, x, step)
             x, before = kernel.sample(noise[step].to(x.device)), None
@@ -123,12 +129,14 @@ def roll_out(
     remember: bool = False,
     batch: int = 0,
     share_prefix: bool = False,
+    against_base: bool = False,
 ) -> Rollout:
     """Paint `group` pictures of each prompt, each from its own initial noise, and score them on exact pixels.
 
     `batch` bounds the images per forward (0: all at once). With `share_prefix` the pictures of a prompt start from one noise and
     go their own ways from the first stochastic step on: what comes before it is walked once. On several processes each
-    paints its share of the groups, and the scores are joined; all must give the same arguments.
+    paints its share of the groups, and the scores are joined; all must give the same arguments. With `against_base` the base
+    paints the benign prompts as well, from the same noise, and the scores have a part "drift".
     """
     noisy = process.stochastic_steps
     shared, copies = (noisy[0], group) if share_prefix and noisy else (0, 1)
@@ -140,22 +148,56 @@ def roll_out(
     # Drawn on the CPU, and for all pictures before they are divided: neither device, `batch` nor processes change a picture.
     start = torch.randn((len(strength) // copies, *policy.sample_shape), generator=generator)[own[::copies] // copies]
     noises = [torch.randn((len(strength), *policy.sample_shape), generator=generator)[own] for _ in noisy]
-    guided, walks, scored = strength[own], [], []
+    benign = torch.tensor([not prompt.unsafe for prompt in prompts]).repeat_interleave(group)
+    guided, walks, scored, bases = strength[own], [], [], []
     for part in chunks(len(repeated), batch if copies == 1 else batch and max(batch // group, 1) * group):
         few = slice(part.start // copies, part.stop // copies)
-        walked = walk(
-            policy, process, condition[part], start[few].to(condition.device), guided[part][::copies], [noise[part] for noise in noises], remember, (shared, copies)
-        )
+        at = start[few].to(condition.device), guided[part][::copies], [noise[part] for noise in noises]
+        walked = walk(policy, process, condition[part], *at, remember, (shared, copies))
         walks.append(walked)
-        scored.append(reward(policy.sketch(walked.clean), repeated[part]))
+        scores = reward(policy.sketch(walked.clean), repeated[part])
+        if against_base:
+            bases.append(_by_base(policy, process, condition[part], *at, (shared, copies), benign[own][part]))
+            scores = with_drift(scores, walked.clean, bases[-1], repeated[part])
+        scored.append(scores)
     held = ranks.held(len(prompts)) * group
     joined = Walk(
         tuple(torch.cat(each)[:held] for each in zip(*(w.states for w in walks), strict=True)),
         tuple(torch.cat(each)[:held] for each in zip(*(w.log_probs for w in walks), strict=True)),
     )
     everything = tuple(prompt for prompt in prompts for _ in range(group))
-    forwards = sum(float((1 + (strength[:: copies if step < shared else 1] != 1) * process.guides(step)).sum()) for step in range(len(process.times)))
-    return Rollout(everything, condition[:held], joined, _joined(_all(scored), group, len(prompts)), group, own[:held], forwards)
+    forwards = _forwards(strength, process, shared, copies) + (_forwards(strength[benign], process, shared, copies) if against_base else 0)
+    base = torch.cat(bases)[:held] if against_base else None
+    return Rollout(everything, condition[:held], joined, _joined(_all(scored), group, len(prompts)), group, own[:held], forwards, base)
+
+
+def with_drift(scores: Scores, clean: Tensor, base: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    """The scores with a part "drift": how far pictures of benign prompts lie from what the base paints from the same noise, `(B,)`, differentiable.
+
+    The mean squared difference of the clean latents `clean` and `base` (B, C, h, w), whose numbers are about of variance 1: it needs neither decoder nor
+    encoder. 0 for unsafe prompts. Raises UserError for a reward that has a part of that name.
+    """
+    if DRIFT in scores.parts:
+        raise UserError(f'the reward has a part called "{DRIFT}", which is what a constraint calls the distance from the base; give it another name')
+    far = (clean - base).float().square().flatten(1).mean(1).to(scores.total.device)
+    return replace(scores, parts={**scores.parts, DRIFT: far * mask(prompts, "safe", far.device)})
+
+
+def _by_base(
+    policy: Policy, process: Process, condition: Any, start: Tensor, guidance: Tensor, noises: Sequence[Tensor], split: tuple[int, int], which: Tensor
+) -> Tensor:
+    """What the base paints of the pictures `which` (n,) bool, whole groups, as `walk` does; zeros in the place of the others."""
+    clean, copies = torch.zeros((len(which), *start.shape[1:]), device=start.device), split[1]
+    if which.any():
+        here, few = which.nonzero().flatten().to(start.device), which[::copies]
+        with policy.reference():
+            clean[here] = walk(policy, process, condition[here], start[here[::copies] // copies], guidance[few], [noise[which] for noise in noises], split=split).clean
+    return clean
+
+
+def _forwards(strength: Tensor, process: Process, shared: int, copies: int) -> float:
+    """Of one image, by pictures painted with these strengths of guidance, `(B,)`; `shared` steps are walked once for `copies` of them."""
+    return sum(float((1 + (strength[:: copies if step < shared else 1] != 1) * process.guides(step)).sum()) for step in range(len(process.times)))
 
 
 @torch.no_grad()

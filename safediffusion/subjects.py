@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 Names = Path | str | Sequence[Path | str]
 
 
-def locate(name: str, revision: str | None = None) -> Path:
-    """The diffusers folder of a model: a folder, a run folder (its model), a hub id, or `pictograms`."""
-    from safediffusion.hub import resolve_model
+def locate(name: str) -> Path:
+    """The diffusers folder of a model: a folder, a run folder (its model), a hub id, which org/name@REVISION pins, `pictograms` or `pictograms-flow`."""
+    from safediffusion.hub import EMBEDDED_MODELS, resolve_model
 
     folder = Path(name).expanduser()
-    if name != "pictograms" and run_folder.is_run(folder):
+    if name not in EMBEDDED_MODELS and run_folder.is_run(folder):
         if not (folder / run_folder.MODEL / "model_index.json").is_file():
             raise UserError(f"{name} is a run that has no model yet; finish it by running its command again, or write one with `safediffusion export`")
         return folder / run_folder.MODEL
-    return resolve_model(name, revision)
+    name, _, revision = (name, "", "") if folder.exists() else name.partition("@")
+    return resolve_model(name, revision or None)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _under(guide: GuideSettings, painter: Painter, device: torch.device) -> Pain
 
 def _named(models: Sequence[Path | str], against: Path | str | None, images: Sequence[Path | str], guided: bool) -> dict[str, Path | str]:
     """What is measured by its name in results.json: `base` is what changes are counted from, `trained` a single other one; several have their own names."""
-    from safediffusion import build
+    from safediffusion.hub import EMBEDDED_MODELS
 
     every = [*models, *images]
     if not every:
@@ -96,7 +97,7 @@ def _named(models: Sequence[Path | str], against: Path | str | None, images: Seq
         raise UserError("the same model is named twice; name each once")
     named: dict[str, Path | str] = {} if against is None else {"base": against}
     if len(every) == 1:
-        return named | {"trained" if named or guided or str(every[0]) != build.PICTOGRAMS else "base": every[0]}
+        return named | {"trained" if named or guided or str(every[0]) not in EMBEDDED_MODELS else "base": every[0]}
     for each in every:
         short = Path(str(each)).name or str(each)
         named[short if short not in named else str(each)] = each

@@ -91,7 +91,8 @@ def open_run(folder: Path) -> tuple[Recipe, LatentPolicy]:
     if not run_folder.is_run(folder):
         raise UserError(f"{folder} is not the folder of a run: it has no {run_folder.FACTS} and {run_folder.RECIPE}; give the --out of a `safediffusion train`")
     recipe = load_recipe(folder / run_folder.RECIPE)
-    return recipe, load_policy(resolve_model(recipe.model, recipe.revision), recipe.policy)
+    options = dataclasses.replace(recipe.policy, quantise="none")  # what is written has the adapters on the exact base
+    return recipe, load_policy(resolve_model(recipe.model, recipe.revision), options)
 
 
 def export_run(folder: Path, policy: LatentPolicy, to: Path, which: Which | None = None, lora: bool = False) -> str:
@@ -125,7 +126,7 @@ def _measure_sketch(recipe: Recipe, run: Run, out: Path, console: Console) -> No
     from safediffusion.train import checkpoint
 
     name = recipe.policy.tiny_vae
-    if name is None or checkpoint.newest(out / "checkpoints"):
+    if name is None or run.learner.reward is None or checkpoint.newest(out / "checkpoints"):
         return
     learner, shown = run.learner, run.prompts(0)[:8]
 

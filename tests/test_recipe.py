@@ -40,6 +40,8 @@ def test_parts_summed_are_one_reward_and_parts_apart_are_weights() -> None:
     assert build.objective(recipe()).parts == {}
     apart = build.objective(recipe(reward=RECIPE["reward"] | {"normalise": "each"}))
     assert apart.parts == {"align": Weight(1.0, "all"), "size": Weight(0.5, "safe")}
+    batch = build.objective(recipe(reward=RECIPE["reward"] | {"normalise": "gdpo"}))
+    assert (batch.parts, batch.over_batch, apart.over_batch) == (apart.parts, True, False)
     assert apart.constraints == (Constraint(cost="guard.unsafe_rate", budget=0.1),)
 
 
@@ -64,6 +66,9 @@ def test_a_step_observes_the_cost_and_logs_every_part(normalise: str) -> None:
         ({"data": {"unsafe": ""}}, r'constraints\.0\.prompts = "unsafe", and data\.unsafe names no prompts'),
         ({"reward": {"kind": "combined", "parts": [GUARD]}}, "every weight is 0"),
         ({"algorithm": {"kind": "forward", "group": 1}}, "nothing to compare"),
+        ({"probe": {"every": 0, "count": 3}}, "probe.every = 0 turns probes off"),
+        ({"reward": RECIPE["reward"] | {"normalise": "gdpo"}, "algorithm": {"kind": "dpok"}, "process": {"eta": 1.0}}, "'dpok' weighs the reward in its own unit"),
+        ({"reward": RECIPE["reward"] | {"normalise": "each"}, "constraints": [], "algorithm": {"kind": "kto", "threshold": 0.2}}, "by the total in its own unit"),
     ],
 )
 def test_what_cannot_work_together(tables: dict, message: str) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
 from safediffusion.rollout import Rollout, chunks, roll_out, walk
-from safediffusion.types import Prompt, Scores
+from safediffusion.types import Process, Prompt, Scores
 
 PROMPTS = (Prompt("a red cat"), Prompt("a knife in a kitchen", unsafe=True), Prompt("a blue dog"))
 GROUP, STEPS = 3, 4
@@ -35,16 +35,16 @@ def policy(tiny_pipeline: Path) -> LatentPolicy:
 
 
 @pytest.fixture(scope="module")
-def process(policy: LatentPolicy) -> Diffusion:
-    return Diffusion.from_scheduler(policy.scheduler_config, STEPS, eta=1.0)
+def process(policy: LatentPolicy) -> Process:
+    return from_scheduler(policy.scheduler_config, STEPS, eta=1.0)
 
 
-def rolled(policy: LatentPolicy, process: Diffusion, *, guidance: float = 1.0, remember: bool = False, batch: int = 0) -> Rollout:
+def rolled(policy: LatentPolicy, process: Process, *, guidance: float = 1.0, remember: bool = False, batch: int = 0) -> Rollout:
     return roll_out(policy, process, Redness(), PROMPTS, GROUP, guidance, torch.Generator().manual_seed(1), remember, batch)
 
 
 @pytest.mark.parametrize(("eta", "guidance"), [(0.0, 3.0), (1.0, 1.0)])
-def test_a_picture_does_not_depend_on_its_batch(policy: LatentPolicy, process: Diffusion, eta: float, guidance: float) -> None:
+def test_a_picture_does_not_depend_on_its_batch(policy: LatentPolicy, process: Process, eta: float, guidance: float) -> None:
     process = replace(process, eta=eta)
     whole = rolled(policy, process, guidance=guidance, remember=True)
     parts = rolled(policy, process, guidance=guidance, remember=True, batch=2)
@@ -56,7 +56,7 @@ def test_a_picture_does_not_depend_on_its_batch(policy: LatentPolicy, process: D
     torch.testing.assert_close(whole.scores.embedding, parts.scores.embedding, atol=1e-5, rtol=1e-5)
 
 
-def test_log_probabilities_are_those_of_the_kernel_to_the_last_bit(policy: LatentPolicy, process: Diffusion) -> None:
+def test_log_probabilities_are_those_of_the_kernel_to_the_last_bit(policy: LatentPolicy, process: Process) -> None:
     rollout = rolled(policy, process, guidance=3.0, remember=True)
     assert len(rollout.walk.states) == STEPS + 1
     assert len(rollout.walk.log_probs) == STEPS
@@ -68,7 +68,7 @@ def test_log_probabilities_are_those_of_the_kernel_to_the_last_bit(policy: Laten
         assert x_next.dtype == rollout.walk.log_probs[step].dtype == torch.float32
 
 
-def test_the_last_step_is_deterministic(policy: LatentPolicy, process: Diffusion) -> None:
+def test_the_last_step_is_deterministic(policy: LatentPolicy, process: Process) -> None:
     rollout = rolled(policy, process, remember=True)
     x = rollout.walk.states[-2]
     with torch.no_grad():
@@ -79,19 +79,19 @@ def test_the_last_step_is_deterministic(policy: LatentPolicy, process: Diffusion
     assert not torch.stack(rollout.walk.log_probs[:-1]).isnan().any()
 
 
-def test_every_picture_starts_from_its_own_noise(policy: LatentPolicy, process: Diffusion) -> None:
+def test_every_picture_starts_from_its_own_noise(policy: LatentPolicy, process: Process) -> None:
     starts = rolled(policy, process, remember=True).walk.states[0].flatten(1)
     assert torch.corrcoef(starts).fill_diagonal_(0).abs().max() < 0.5
 
 
-def test_only_what_is_asked_for_is_remembered(policy: LatentPolicy, process: Diffusion) -> None:
+def test_only_what_is_asked_for_is_remembered(policy: LatentPolicy, process: Process) -> None:
     forgetful, mindful = rolled(policy, process), rolled(policy, process, remember=True)
     assert len(forgetful.walk.states) == 1
     assert forgetful.walk.log_probs == ()
     assert torch.equal(forgetful.walk.clean, mindful.walk.clean)
 
 
-def test_guidance_mixes_the_two_branches_in_every_step(policy: LatentPolicy, process: Diffusion) -> None:
+def test_guidance_mixes_the_two_branches_in_every_step(policy: LatentPolicy, process: Process) -> None:
     process = replace(process, eta=0.0)
     condition = policy.encode([prompt.text for prompt in PROMPTS])
     start = torch.randn(3, *policy.sample_shape, generator=torch.Generator().manual_seed(2))
@@ -104,13 +104,13 @@ def test_guidance_mixes_the_two_branches_in_every_step(policy: LatentPolicy, pro
     assert not torch.allclose(walk(policy, process, condition, start, 1.0).clean, x, atol=1e-3)
 
 
-def test_a_walk_takes_one_noise_for_each_stochastic_step(policy: LatentPolicy, process: Diffusion) -> None:
+def test_a_walk_takes_one_noise_for_each_stochastic_step(policy: LatentPolicy, process: Process) -> None:
     start = torch.zeros(1, *policy.sample_shape)
     with pytest.raises(ValueError, match="zip"):
         walk(policy, process, policy.encode(["a"]), start, 1.0, [start])
 
 
-def test_scores_follow_their_pictures(policy: LatentPolicy, process: Diffusion) -> None:
+def test_scores_follow_their_pictures(policy: LatentPolicy, process: Process) -> None:
     rollout = rolled(policy, process, remember=True)
     order = torch.tensor([6, 7, 8, 0, 1, 2, 3, 4, 5])
     moved = rollout[order]

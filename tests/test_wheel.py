@@ -24,8 +24,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_weights_recipes_templates_and_licence(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    parts = [f"tiny/weights/{part}/" for part in ("pipeline/unet", "pipeline/vae", "reward", "judge", "detector", "guard")]
-    files = ["tiny/weights/hashes.json", "recipes/demo.toml", "recipes/paper.toml", "data/screen_terms.toml", "data/anchors/broad.toml"]
+    parts = [f"tiny/weights/{part}/" for part in ("pipeline/unet", "pipeline/vae", "flow/transformer", "reward", "judge", "detector", "guard")]
+    files = ["tiny/weights/hashes.json", "recipes/demo.toml", "recipes/demo-flow.toml", "recipes/paper.toml", "data/screen_terms.toml", "data/anchors/broad.toml"]
     files += [f"report/page.{ending}" for ending in ("html.j2", "css", "js")]
     for part in (*parts, *files):
         assert any(name.startswith(f"safediffusion/{part}") for name in names), part

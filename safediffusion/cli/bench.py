@@ -14,6 +14,8 @@ safediffusion bench pictograms --recipes demo,paper algorithm.prompts=4 --out ru
 
 safediffusion bench sd15 --recipes recipes/sd15.toml,paper --dtype bfloat16 --batch 8 --device cuda --out runs/bench-sd15
 
+safediffusion bench sdxl --recipes recipes/sdxl.toml --batch 1 --out runs/bench-sdxl
+
 safediffusion bench ./my-model --recipes my.toml --size 256 --repeats 5
 """
 
@@ -21,7 +23,11 @@ safediffusion bench ./my-model --recipes my.toml --size 256 --repeats 5
 def command(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A diffusers folder, a hub id, `pictograms`, or `sd15`: its shape at random weights.", show_default="the recipe's own"),
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A diffusers folder, a hub id, `pictograms`, or a shape at random weights: `sd15`, `sd21`, `sdxl`, `sd35-medium`, `flux-dev`.",
+            show_default="the recipe's own",
+        ),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings of all recipes.", show_default=False)] = None,
     recipes: Annotated[

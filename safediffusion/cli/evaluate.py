@@ -33,7 +33,9 @@ def command(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="MODEL...", show_default=False, help="A diffusers folder, run folder, hub id, `pictograms`, BASE+LORA, BASE+UNET.safetensors or one-file checkpoint."
+            metavar="MODEL...",
+            show_default=False,
+            help="A diffusers folder, run folder, hub id, `pictograms[-flow]`, BASE+LORA, BASE+UNET.safetensors or one-file checkpoint.",
         ),
     ] = None,
     against: Annotated[str | None, typer.Option(metavar="BASE", help="The model that changes are measured from.", show_default=False)] = None,

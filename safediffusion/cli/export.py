@@ -26,6 +26,7 @@ def command(
     license: Annotated[str | None, typer.Option(help="For the model card.", show_default="that of pictograms, else `other`")] = None,
 ) -> None:
     """Write a trained model as a diffusers folder, or as LoRA weights, with a model card."""
+    from safediffusion.hub import EMBEDDED_MODELS
     from safediffusion.measurement import results_of
     from safediffusion.report.card import model_card, write_card
     from safediffusion.training import export_run, open_run
@@ -34,7 +35,7 @@ def command(
     origin = export_run(run, policy, to, checkpoint, lora)
     # Adapters have no weights of the whole to compare; without --checkpoint they are those of the measured model.
     results = results_of(run, None if lora and checkpoint is None else to)
-    embedded = recipe.model == "pictograms"
+    embedded = recipe.model in EMBEDDED_MODELS
     card = model_card(results, title=to.resolve().name, license=license or ("apache-2.0" if embedded else "other"), base_model=None if embedded else recipe.model)
     write_card(card, to)
     typer.echo(f"{to} holds {origin}" + ("" if results else "; nothing in the run measured these weights, so the model card has no numbers"))

@@ -24,7 +24,9 @@ def command(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", show_default=False, help="A diffusers folder, run folder, hub id, `pictograms`, BASE+LORA, BASE+UNET.safetensors or one-file checkpoint."
+            metavar="MODEL",
+            show_default=False,
+            help="A diffusers folder, run folder, hub id (pinned as org/name@REVISION), `pictograms[-flow]`, BASE+LORA, BASE+UNET.safetensors or one-file checkpoint.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the PNG files and of manifest.jsonl; the same command again adds what is missing.", show_default=False)],
@@ -42,11 +44,9 @@ def command(
         typer.Option(metavar="GUIDE", help="Steer while painting: sld (Safe Latent Diffusion), reward, or a TOML file with [guide].", show_default=False),
     ] = None,
     guide_set: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Change a setting of the guide, such as level=strong.", show_default=False)] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub model; pin it.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="the best there is")] = None,
 ) -> None:
     """Paint pictures. Prompts are screened first; a picture depends on its prompt and seed alone."""
-    from functools import partial
 
     from rich.progress import Progress
 
@@ -66,7 +66,7 @@ def command(
         raise UserError("--prompt is empty; say what to paint")
     asked = [*(Prompt(text.strip()) for text in prompt or ()), *(read_prompts(prompts) if prompts else ())]
     setting = Setting(steps, guidance, size, dtype, load_guide(guide, guide_set or ()))
-    found, at = variant(model, partial(locate, revision=revision)), build.device(device)
+    found, at = variant(model, locate), build.device(device)
     with Progress(*progress_columns(), console=progress_console()) as progress:
         done = generate(found, asked, out, setting=setting, seed=seed, samples=samples, batch=batch_size, device=at, progress=progress)
     typer.echo(f"{out} holds {done.painted + done.there_before} pictures: {done.painted} new, {done.there_before} there before")

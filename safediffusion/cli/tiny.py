@@ -14,7 +14,7 @@ safediffusion tiny build --out rebuilt
 
 safediffusion tiny build --out other-world --seed 1 --work /scratch/other-world
 """
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="The embedded world `pictograms`: rebuild its models from nothing.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="The embedded world of `pictograms` and `pictograms-flow`: rebuild its models from nothing.")
 
 
 @app.callback()
@@ -28,7 +28,7 @@ def build(
     work: Annotated[Path | None, typer.Option(help="Folder of checkpoints and drawn pictures.", show_default="OUT with .work at its end")] = None,
     seed: Annotated[int, typer.Option(help="0 gives the shipped models.", min=0)] = 0,
 ) -> None:
-    """Draw the world and train all its models: an hour or two on two cores. The same command again resumes."""
+    """Draw the world and train all its models: three hours or so on two cores. The same command again resumes."""
     from safediffusion.tiny.build import build as build_world
 
     build_world(out, work or out.with_name(f"{out.name}.work"), seed)

@@ -35,8 +35,8 @@ def command(
         from safediffusion.cost.plan import outline
 
         typer.echo(dump(resolved), nl=False)
-        if said := outline(resolved):
-            typer.echo(f"# {said}")
+        for line in outline(resolved).splitlines():
+            typer.echo(f"# {line}")
         return
     if out is None:
         raise UserError("--out is missing: name the folder of the run, such as --out runs/first")

@@ -61,6 +61,10 @@ class PromptSampler:
         safe = [count - bad for count, bad in zip(drawn, unsafe, strict=True)]
         return self._visited("safe", self.safe, *safe) + self._visited("unsafe", self.unsafe, *unsafe)
 
+    def texts(self, steps: int) -> tuple[str, ...]:
+        """All that the first `steps` steps see, each once."""
+        return tuple(dict.fromkeys(prompt.text for step in range(steps) for prompt in self.at(step)))
+
     def _unsafe_among(self, count: int) -> int:
         """How many of the first `count` prompts of the run are unsafe."""
         if not self.safe or not self.unsafe:
@@ -70,6 +74,14 @@ class PromptSampler:
     def _visited(self, name: str, prompts: tuple[Prompt, ...], start: int, stop: int) -> tuple[Prompt, ...]:
         visits = (divmod(visit, len(prompts)) for visit in range(start, stop))
         return tuple(prompts[_order(self.seed, name, epoch, len(prompts))[place]] for epoch, place in visits)
+
+
+def sampler_of(data: DataSettings, safe: Sequence[Prompt], unsafe: Sequence[Prompt], per_step: int, seed: int) -> PromptSampler:
+    """Of these prompts, as the recipe's table says. UserError for visits of a task that none of them has."""
+    tasks = {prompt.task for prompt in (*safe, *unsafe)} - {""}
+    if strange := sorted(set(data.repeat) - tasks):
+        raise UserError(f"data.repeat: no training prompt has the task {strange[0]!r}; their tasks are {', '.join(sorted(tasks)) or 'not given'}")
+    return PromptSampler(repeated(safe, data.repeat), repeated(unsafe, data.repeat), data.unsafe_share, per_step, seed)
 
 
 @lru_cache(maxsize=8)

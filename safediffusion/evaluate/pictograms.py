@@ -19,7 +19,8 @@ from safediffusion.detectors.objects import Found, ObjectDetector
 from safediffusion.errors import UserError
 from safediffusion.evaluate.statistics import Estimate, mean_over_prompts, paired_change, rate
 from safediffusion.evaluate.verdict import companions, composed, kept, unsafe
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.process import from_scheduler
+from safediffusion.process.flow import tokens_in
 from safediffusion.rollout import chunks, walk
 from safediffusion.seeds import noise_for
 from safediffusion.tiny.scenes import SIZE, TASKS, parse
@@ -151,9 +152,9 @@ def changes(base: Marks, trained: Marks, seed: int = 0) -> dict[str, Estimate]:
     return {name: paired_change(base[name], trained[name], seed) for name in base if name in trained}
 
 
-def sampler(policy: Policy) -> Diffusion:
-    """The task's sampler: deterministic DDIM in STEPS steps on the model's own schedule."""
-    return Diffusion.from_scheduler(policy.scheduler_config, STEPS, eta=0.0)
+def sampler(policy: Policy) -> Process:
+    """The task's sampler: deterministic DDIM (of a flow: Euler) in STEPS steps on the model's own schedule."""
+    return from_scheduler(policy.scheduler_config, STEPS, eta=0.0, tokens=tokens_in(policy.sample_shape))
 
 
 def check_size(side: int, folder: Path) -> None:

@@ -18,11 +18,15 @@ from safediffusion.evaluate.rows import Row
 from safediffusion.evaluate.task import Painting
 from safediffusion.files import append_jsonl, explained, read_jsonl, write_bytes
 from safediffusion.images import png_bytes
+from safediffusion.policies.autoencoder import cell
+from safediffusion.policies.families import find_family
 from safediffusion.policies.latent import LatentPolicy
-from safediffusion.process.diffusion import Diffusion
+from safediffusion.policies.pipeline import read_config
+from safediffusion.process import from_scheduler
+from safediffusion.process.flow import tokens_in
 from safediffusion.rollout import walk
 from safediffusion.seeds import noise_for
-from safediffusion.types import Policy
+from safediffusion.types import Policy, Process
 
 MANIFEST = "manifest.jsonl"
 _PIXELS_AT_ONCE = 8 * 512 * 512  # what `--batch-size auto` begins with
@@ -128,19 +132,21 @@ def paint(policy: LatentPolicy, pictures: Sequence[Picture], batch: int, guided:
 
     `guided` is the policy under a guide. `batch` of them at once on each process; 0 is as many as fit. On several processes each paints its share and every one gets all.
     """
-    start, factor = 0, 2 ** (len(policy.vae.config.block_out_channels) - 1)
+    start, factor = 0, cell(policy.vae)
+    together = factor * policy.family.patch
     for picture in pictures:
-        if picture.width % factor or picture.height % factor:
-            raise UserError(f"pictures of {picture.width} x {picture.height} pixels cannot be painted: {policy.folder} takes multiples of {factor}")
-    processes: dict[Any, Diffusion] = {}
+        if picture.width % together or picture.height % together:
+            raise UserError(f"pictures of {picture.width} x {picture.height} pixels cannot be painted: {policy.folder} takes multiples of {together}")
+    processes: dict[Any, Process] = {}
     limit = batch or _MOST_AT_ONCE
     while start < len(pictures):
         first = pictures[start]
         at_once = min(limit, batch or max(1, _PIXELS_AT_ONCE // (first.width * first.height))) * ranks.count()
         part = _alike(pictures[start : start + at_once])
-        process = processes.setdefault((first.steps, first.sampler), _process(policy, first))
+        shape = (policy.sample_shape[0], first.height // factor, first.width // factor)
+        process = processes.setdefault((first.steps, first.sampler, shape), _process(policy, first, shape))
         try:
-            images = ranks.joined(_painted(guided or policy, process, [part[i] for i in ranks.share(len(part))], factor), len(part))
+            images = ranks.joined(_painted(guided or policy, process, [part[i] for i in ranks.share(len(part))], shape), len(part))
         except torch.OutOfMemoryError:
             if batch or at_once == ranks.count():
                 raise UserError(f"the device has no memory for {at_once} pictures at once; give a smaller --batch-size, or free it") from None
@@ -152,10 +158,10 @@ def paint(policy: LatentPolicy, pictures: Sequence[Picture], batch: int, guided:
 
 def native_side(folder: Path) -> int:
     """Pixels of a side that the model of a diffusers folder was trained for, from its config files alone."""
-    side, factor = _config(folder / "unet").get("sample_size"), 2 ** (len(_config(folder / "vae").get("block_out_channels", (0,))) - 1)
-    if not isinstance(side, int):
-        raise UserError(f"{folder / 'unet'} does not say the size of its images, or they are not square; give the task a size")
-    return side * factor
+    family, levels = find_family(folder), read_config(folder / "vae").get("block_out_channels", (0,))
+    if not isinstance(family.side, int):
+        raise UserError(f"{folder / family.network} does not say the size of its images, or they are not square; give the task a size")
+    return int(family.side * 2 ** (len(levels) - 1))
 
 
 def _alike(pictures: Sequence[Picture]) -> Sequence[Picture]:
@@ -165,18 +171,16 @@ def _alike(pictures: Sequence[Picture]) -> Sequence[Picture]:
     return pictures[: together.index(False)] if False in together else pictures
 
 
-def _process(policy: LatentPolicy, picture: Picture) -> Diffusion:
+def _process(policy: LatentPolicy, picture: Picture, shape: tuple[int, int, int]) -> Process:
     try:
-        return Diffusion.from_scheduler(policy.scheduler_config, picture.steps, eta=0.0, solver=picture.sampler)
+        return from_scheduler(policy.scheduler_config, picture.steps, eta=0.0, solver=picture.sampler, tokens=tokens_in(shape))
     except ValueError as error:
         raise UserError(f"the scheduler of {policy.folder} cannot be used: {error}") from None
 
 
 @torch.no_grad()
-def _painted(policy: Policy, process: Diffusion, pictures: Sequence[Picture], factor: int) -> Tensor:
+def _painted(policy: Policy, process: Process, pictures: Sequence[Picture], shape: tuple[int, int, int]) -> Tensor:
     condition = policy.encode([picture.prompt for picture in pictures])
-    first = pictures[0]
-    shape = (policy.sample_shape[0], first.height // factor, first.width // factor)
     start = torch.stack([_noise(picture, shape) for picture in pictures]).to(condition.device)
     guidance = torch.tensor([picture.guidance for picture in pictures])
     return policy.decode(walk(policy, process, condition, start, guidance).clean).cpu()
@@ -187,10 +191,3 @@ def _noise(picture: Picture, shape: tuple[int, int, int]) -> Tensor:
         return noise_for([(picture.prompt, picture.seed)], shape)[0]
     generator = torch.Generator().manual_seed(picture.seed)
     return torch.randn((picture.draw + 1, *shape), generator=generator)[picture.draw]
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from None

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from safediffusion.config import read_toml, resolve, settings
 from safediffusion.errors import UserError
-from safediffusion.process.diffusion import Solver
+from safediffusion.process.gaussian import Solver
 
 SHIPPED = Path(__file__).parent / "tasks"
 

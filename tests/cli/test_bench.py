@@ -66,13 +66,12 @@ def test_settings_alone_leave_each_recipe_its_model(command, other: Path) -> Non
         (("pictograms", "--recipes", ","), ("no recipe to measure",)),
         (("pictograms", "--recipes", "demo,demo"), ("named twice",)),
         (("nothing",), ("'nothing' is no model",)),
-        (("sdxl",), ("sdxl", "use sd15")),
         (("pictograms", "algorithm.prompt=1"), ("algorithm.prompt is not a setting", "did you mean algorithm.prompts?")),
         (("pictograms", "--size", "30"), ("image_size = 30 is not a multiple of 4",)),
         (("pictograms", "--device", "abacus"), ("'abacus' cannot be used",)),
         (("pictograms", "--repeats", "0"), ("repeats",)),
     ],
-    ids=["near", "nowhere", "none", "twice", "model", "sdxl", "setting", "size", "device", "repeats"],
+    ids=["near", "nowhere", "none", "twice", "model", "setting", "size", "device", "repeats"],
 )
 def test_what_cannot_be_measured(command, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
     command("bench", *arguments).refused(*words)

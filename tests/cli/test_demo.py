@@ -9,11 +9,12 @@ import pytest
 
 from safediffusion.cli import demo
 from safediffusion.evaluate.run import Extent
+from safediffusion.training import load_recipe
 
 
 @pytest.fixture
 def short(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "RECIPE", recipe)
+    monkeypatch.setattr(demo, "RECIPES", {"pictograms": recipe})
     monkeypatch.setattr(demo, "EXTENT", Extent(samples=2, limit=2))
 
 
@@ -45,9 +46,15 @@ def test_another_seed_needs_another_folder(command, short, tmp_path: Path) -> No
     command("demo", "--out", tmp_path / "demo", "--seed", 1).refused("folder of another run", "seed was 0 and is now 1")
 
 
+@pytest.mark.parametrize(("model", "recipe"), demo.RECIPES.items())
+def test_each_recipe_is_of_its_model(model: str, recipe: Path) -> None:
+    assert load_recipe(recipe).model == model
+
+
 @pytest.mark.slow
-def test_the_demo_keeps_its_promise(command, tmp_path: Path) -> None:
-    assert command("demo", "--out", tmp_path / "demo").code == 0
+@pytest.mark.parametrize("model", demo.RECIPES)
+def test_the_demo_keeps_its_promise(command, model: str, tmp_path: Path) -> None:
+    assert command("demo", "--out", tmp_path / "demo", "--model", model).code == 0
     found = json.loads((tmp_path / "demo" / "results.json").read_text())
     base, trained = found["models"]["base"], found["models"]["trained"]
     assert trained["unsafe_rate/seen"]["value"] <= 0.12

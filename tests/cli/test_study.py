@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -47,16 +48,28 @@ recipe = {reward = {kind = "callable", function = "nowhere:nothing"}}
 PATIENCE = 300  # seconds; a loaded machine is slow
 
 
-def killed(words: list[str], when: Path) -> None:
-    """The command and all of its runs are gone as soon as a file is there, as by a power failure."""
+def killed(words: list[str], run: Path) -> None:
+    """The study, and nothing but the study, is killed by force as soon as a run has begun; the run ends by itself."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "safediffusion", *words], start_new_session=True, env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "safediffusion", *words], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + PATIENCE
-    while not when.exists():
+    while not (run / "run.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
+    with open(run / ".lock") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+    log = run.with_name(f"{run.name}.log")
+    while "interrupted; the same command again goes on" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +79,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
     file, out = place / "study.toml", place / "out"
     file.write_text(STUDY + GUIDED + BROKEN)
     words = ["study", str(file), "--out", str(out), "--jobs", "1"]
-    killed(words, out / "rate-0.001-0" / "run.json")
+    killed(words, out / "rate-0.001-0")
     return file, out, main(words)
 
 

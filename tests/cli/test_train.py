@@ -45,6 +45,14 @@ def test_a_run_leaves_a_model_and_its_whole_story(finished: Path) -> None:
     assert pipeline("a red circle", num_inference_steps=2).images[0].size == (32, 32)
 
 
+def test_dropped_text_encoders_change_no_bit(command, finished: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert command("train", recipe, "policy.text_encoders=drop", "--out", tmp_path / "run").code == 0
+    assert any((tmp_path / "cache" / "safediffusion" / "conditions").rglob("*.safetensors"))
+    (same,), (model,) = ((folder / "model" / "unet").glob("*.safetensors") for folder in (finished, tmp_path / "run"))
+    assert model.read_bytes() == same.read_bytes()
+
+
 def test_the_same_command_again_changes_nothing(command, run: Path, recipe: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
     ended = command("train", recipe, "--out", run)
@@ -87,9 +95,10 @@ def test_a_run_says_beforehand_what_it_needs(command, recipe: Path, tmp_path: Pa
 
 
 def test_dry_run_says_what_a_picture_costs(command, recipe: Path) -> None:
-    last = command("train", recipe, "--dry-run").out.splitlines()[-1]
-    assert last.startswith("# 6 denoiser forwards per image (2 of the rollout, 4 of training; a backward counts as two), 4 images per iteration; ")
-    assert "TFLOP per image" in last
+    said = [line for line in command("train", recipe, "--dry-run").out.splitlines() if line.startswith("# ")]
+    assert said[0] == "# 6 denoiser forwards per image (2 of the rollout, 4 of training; a backward counts as two), 4 images per iteration"
+    assert "TFLOP per image" in said[1]
+    assert said[-1] == "# fits a card of 8 GB"
     elsewhere = command("train", recipe, "model=someone/some-model", "--dry-run").out.splitlines()[-1]
     assert elsewhere.startswith("# 6 denoiser forwards")
     assert "TFLOP" not in elsewhere

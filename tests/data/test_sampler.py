@@ -86,3 +86,10 @@ def test_a_weak_task_is_visited_more_often():
     source = PromptSampler(twice, (), 0.0, len(twice), 0)
     assert Counter(prompt.text for prompt in source.at(0)) == {"a": 1, "a left of b": 3, "c": 1}
     assert repeated(asked, {}) == asked
+
+
+def test_texts_are_all_that_the_steps_see() -> None:
+    source = sampler(safe=7, unsafe=5, share=0.5, per_step=4)
+    assert set(source.texts(2)) == {prompt.text for step in (0, 1) for prompt in source.at(step)}
+    assert len(source.texts(2)) == 8
+    assert len(source.texts(50)) == 12
