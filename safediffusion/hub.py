@@ -181,12 +181,13 @@ def _explained(name: str, revision: str | None, instead: str) -> Iterator[None]:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the weights of every part that model_index.json names are there, each shard of them."""
+    """Whether the weights of every part that model_index.json names are there, each shard of them; those of other precisions do not count."""
     if not (folder / "model_index.json").is_file():
         return False
     named = [part for part in _WEIGHT_FOLDERS if (read_index(folder).get(part) or [None])[0] is not None]
+    files = {part: [path for path in (folder / part).glob("*.safetensors") if not any(path.match(pattern) for pattern in _UNWANTED)] for part in named}
     shards = {path.parent / name for part in named for path in (folder / part).glob("*.safetensors.index.json") for name in set(_shards(path))}
-    return all(any((folder / part).glob("*.safetensors")) for part in named) and all(path.is_file() for path in shards)
+    return all(files.values()) and all(path.is_file() for path in shards)
 
 
 def _shards(listing: Path) -> Iterable[str]:

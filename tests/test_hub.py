@@ -94,6 +94,15 @@ def test_hub_model_of_which_a_shard_is_missing(tiny_pipeline: Path, tmp_path: Pa
     assert resolve_model("org/model", commit) == snapshot
 
 
+def test_a_cache_of_another_precision_alone_is_not_the_model(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+    snapshot = Path(shutil.copytree(tiny_pipeline, tmp_path / "models--org--model" / "snapshots" / commit))
+    weights = snapshot / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    assert "only part of it is in the local cache" in refusal("org/model", commit)
+
+
 def test_description_has_every_part_with_weights(tmp_path: Path) -> None:
     parts = ("text_encoder", "text_encoder_2", "transformer", "vae")
     for part in parts:

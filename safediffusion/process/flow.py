@@ -77,7 +77,8 @@ def flow_grid(config: Mapping[str, Any], steps: int, tokens: int | None) -> tupl
     else:
         scheduler.set_timesteps(steps, mu=mu)
     shift = scheduler.shift if mu is None else mu if scheduler.config.time_shift_type == "linear" else math.exp(mu)
-    return RectifiedFlow(shift, scheduler.config.num_train_timesteps), scheduler.timesteps, "velocity"
+    top = scheduler.config.num_train_timesteps
+    return RectifiedFlow(shift, top), scheduler.timesteps.clamp(max=top), "velocity"  # a shift such as 1.57 rounds the first time to just above it
 
 
 def _mu(config: Any, tokens: int) -> float:

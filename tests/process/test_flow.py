@@ -166,6 +166,11 @@ def test_guidance_acts_in_its_range_of_the_schedule_not_of_sigma() -> None:
     assert [process.guides(step) for step in range(10)] == [False] * 3 + [True] * 6 + [False]
 
 
+@pytest.mark.parametrize("shift", [1.32, 1.57, 1.83])
+def test_a_shift_that_rounds_up_starts_at_the_top(shift: float) -> None:
+    assert float(from_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}, 10).times[0]) == 1000
+
+
 def test_a_larger_picture_has_a_larger_shift() -> None:
     assert tokens_in((16, 128, 96)) == 64 * 48
     small, large = (from_scheduler(FLUX, 4, tokens=tokens_in((16, side, side))) for side in (32, 128))
