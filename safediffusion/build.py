@@ -16,7 +16,7 @@ from safediffusion.algorithms.dpo import Dpo
 from safediffusion.algorithms.objective import Objective, Weight
 from safediffusion.algorithms.update import Learner
 from safediffusion.data.anchors import load_anchors
-from safediffusion.data.preferences import load_preferences, preferences_sha256
+from safediffusion.data.preferences import load_preferences, preference_texts, preferences_sha256
 from safediffusion.data.prompts import prompts_sha256
 from safediffusion.data.sampler import sampler_of
 from safediffusion.data.screen import screen
@@ -196,7 +196,9 @@ def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
     device = accelerator.device
     dataset = _dataset(recipe)
     safe, unsafe = ((), ()) if dataset else (prompts(recipe.data.safe, False), prompts(recipe.data.unsafe, True))
-    drawn = () if dataset else sampler_of(recipe.data, safe, unsafe, recipe.algorithm.prompts, recipe.seed).texts(recipe.steps)
+    drawn: tuple[str, ...] = ()
+    if recipe.policy.text_encoders == "drop":
+        drawn = preference_texts(dataset) if dataset else sampler_of(recipe.data, safe, unsafe, recipe.algorithm.prompts, recipe.seed).texts(recipe.steps)
     policy = load_policy(resolve_model(recipe.model, recipe.revision), recipe.policy, device, drawn)
     pairs = load_preferences(dataset, lambda images: policy.encode_images(images.to(device)), policy.sample_shape) if dataset else None
     safe, unsafe = (pairs.prompts(False), pairs.prompts(True)) if pairs else (safe, unsafe)

@@ -67,6 +67,8 @@ def test_a_step_observes_the_cost_and_logs_every_part(normalise: str) -> None:
         ({"reward": {"kind": "combined", "parts": [GUARD]}}, "every weight is 0"),
         ({"algorithm": {"kind": "forward", "group": 1}}, "nothing to compare"),
         ({"probe": {"every": 0, "count": 3}}, "probe.every = 0 turns probes off"),
+        ({"probe": {"every": 1, "count": 3}, "limit": {"forwards": 100}}, "a limit may end the run before them; set probe.every"),
+        ({"reward": RECIPE["reward"] | {"normalise": "each"}, "algorithm": {"kind": "forward", "diversity": 0.1}}, "algorithm.diversity finds good pictures"),
         ({"reward": RECIPE["reward"] | {"normalise": "gdpo"}, "algorithm": {"kind": "dpok"}, "process": {"eta": 1.0}}, "'dpok' weighs the reward in its own unit"),
         ({"reward": RECIPE["reward"] | {"normalise": "each"}, "constraints": [], "algorithm": {"kind": "kto", "threshold": 0.2}}, "by the total in its own unit"),
     ],

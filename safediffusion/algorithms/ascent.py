@@ -33,8 +33,11 @@ class Climbing(Protocol):
     unsafe_kl: float
 
 
-def check_climbing(algorithm: Climbing, recipe: Any) -> None:
-    """Raises UserError for a recipe whose reward or constraints have no gradient to follow."""
+def check_climbing(algorithm: Climbing, recipe: Any, unfinished: str = "") -> None:
+    """Raises UserError for a recipe whose reward or constraints have no gradient to follow.
+
+    unfinished: in words, with the fix, that pictures are scored which the rollout did not finish: the base has none to compare them with. "" where there are none.
+    """
     reward, kind = recipe.reward, algorithm.kind
     low, high = algorithm.time_range
     if low >= high:
@@ -42,7 +45,9 @@ def check_climbing(algorithm: Climbing, recipe: Any) -> None:
     if not reward.differentiable:
         raise UserError(f"algorithm.kind = '{kind}' follows the gradient of the reward, and this one of kind '{reward.kind}' has none; use algorithm.kind = 'forward'")
     require_units(reward, f"algorithm.kind = '{kind}' has none")
-    flows = {"kl": True, DRIFT: True, "total": True} | (reward.measures or {})
+    if unfinished and any(constraint.cost == DRIFT for constraint in recipe.constraints):
+        raise UserError(f'a constraint on "drift" compares finished pictures with those of the base, and {unfinished}')
+    flows = {"kl": True, "total": True} | ({} if unfinished else {DRIFT: True}) | (reward.measures or {})
     for index, constraint in enumerate(recipe.constraints):
         if not flows.get(constraint.cost, True):
             known = ", ".join(name for name, has in flows.items() if has)

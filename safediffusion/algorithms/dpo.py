@@ -65,7 +65,7 @@ class Dpo:
         restraint=("KL to the base", "loss against the base"),
         pairs=True,
         on_policy=False,
-        safety=("constraint", "preference"),  # nothing is painted beside the pairs of a folder, so no cost can be observed
+        safety=("constraint", "preference"),  # nothing is painted beside the pairs of a folder, so that no cost but "kl" is observed
         enters="pair",
     )
 
@@ -75,7 +75,7 @@ class Dpo:
         if self.dataset is not None and self.group != 2:
             raise UserError(f"algorithm.dataset holds pairs, and algorithm.group = {self.group}; set algorithm.group = 2")
         if self.dataset is not None and any(constraint.cost != "kl" for constraint in recipe.constraints):
-            raise UserError("a constraint needs pictures of the policy to observe its cost, and with algorithm.dataset none are painted; leave one of them out")
+            raise UserError('the cost of a constraint is of painted pictures, and with algorithm.dataset none are painted; leave one of them out, or constrain "kl"')
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
         pictures, worth, metrics = self._given(learner, prompts, generator) if self.dataset else self._painted(learner, prompts, generator)

@@ -51,7 +51,7 @@ class Draft:
 
     def check(self, recipe: Any) -> None:
         """Raises UserError for settings of a recipe that cannot work together."""
-        check_climbing(self, recipe)
+        check_climbing(self, recipe, unfinished="algorithm.copies paints others; set it to 0" if self.copies else "")
         if self.last > recipe.process.steps:
             raise UserError(f"algorithm.last = {self.last} is more than the {recipe.process.steps} steps of the walk; lower it")
         if self.copies and self.last != 1:

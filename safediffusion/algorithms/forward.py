@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from safediffusion.algorithms.advantages import class_weights, unlikeness
-from safediffusion.algorithms.card import Card
+from safediffusion.algorithms.card import Card, require_units
 from safediffusion.algorithms.noising import Guidance, Noisy, Pictures, Share, base, check_noising, judged, said, update_by_times
 from safediffusion.algorithms.update import Learner, holding
 from safediffusion.config import settings
@@ -75,6 +75,8 @@ class Forward:
     def check(self, recipe: Any) -> None:
         """Raises UserError for settings of a recipe that cannot work together."""
         check_noising(self)
+        if self.diversity:
+            require_units(recipe.reward, "algorithm.diversity finds good pictures by the total in its own unit")
         if self.proximal and self.old == "now":
             raise UserError('algorithm.proximal holds to an old policy, and algorithm.old = "now" is none; set algorithm.old = "rollout" or "average"')
         if self.anchor_guidance != 1 and any(constraint.cost == "kl" for constraint in recipe.constraints):

@@ -83,9 +83,8 @@ class Objective:
         group that is half unsafe and one with a single unsafe picture. A group is dead when neither utility nor any weighted cost spreads in it.
         """
         gain = self._utility_advantages(scores, prompts, group, floor, clip, least_spread, slack, baseline)
-        metrics = reward_metrics(prompts, scores, gain)
         if not self.constraints:
-            return gain, metrics
+            return gain, reward_metrics(prompts, scores, gain)
         weight, noted = self._observe(memory, {i: self._mean(i, scores, prompts) for i, c in enumerate(self.constraints) if c.cost != "kl"})
         value, alive = gain.value, gain.alive
         for i, constraint in enumerate(self.constraints):
@@ -94,7 +93,8 @@ class Objective:
             cost = self._cost(i, scores) * mask(prompts, constraint.about, scores.total.device)
             centred = (cost - cost.view(-1, group).mean(1).repeat_interleave(group)) * float(weight[i])
             value, alive = value - centred, alive | (centred.view(-1, group).abs().amax(1) >= least_spread)
-        return Advantages(value, alive), metrics | noted
+        gain = Advantages(value, alive)
+        return gain, reward_metrics(prompts, scores, gain) | noted
 
     def utility(self, memory: State, scores: Scores, prompts: Sequence[Prompt]) -> Tensor:
         """`(B,)`, differentiable: the total less `weight * cost`, at the weights of this rollout. Its mean has the gradient of the augmented

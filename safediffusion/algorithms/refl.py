@@ -47,7 +47,7 @@ class Refl:
 
     def check(self, recipe: Any) -> None:
         """Raises UserError for settings of a recipe that cannot work together."""
-        check_climbing(self, recipe)
+        check_climbing(self, recipe, unfinished="algorithm.kind = 'refl' scores what a step foresees; constrain \"kl\"")
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:
         rolled, metrics = walked(self, learner, prompts, generator)

@@ -26,17 +26,19 @@ class Pace:
     trained: float  # forward and backward
     decode: float  # as rollouts are decoded
     activations: int
+    painting: int  # bytes that the graph of its decoded picture keeps; 0 where nobody asked
 
 
-def measure_pace(policy: LatentPolicy, process: Process, batch: int) -> Pace:
-    """Timed on zeros, on more and more images at once, up to `batch` or until a call is no longer quick.
+def measure_pace(policy: LatentPolicy, process: Process, batch: int, through_decoder: bool = False) -> Pace:
+    """Timed on zeros, on more and more images at once, up to `batch` or until a call is no longer quick. `through_decoder`: gradients go there as well.
 
     One image of many takes a tenth of the time of a lone one where the network is small, so a lone one says little.
     """
     # The wrapped network of several processes must not see a forward that its loop knows nothing of.
     policy = dataclasses.replace(policy, network=policy.denoiser)
     kept: dict[int, Tensor] = {}
-    own = {weight.untyped_storage()._cdata for weight in policy.denoiser.parameters()}
+    networks = (policy.denoiser, policy.tiny_vae or policy.vae)
+    own = {weight.untyped_storage()._cdata for network in networks for weight in network.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor
@@ -50,16 +52,21 @@ def measure_pace(policy: LatentPolicy, process: Process, batch: int) -> Pace:
         output = policy.predict(*inputs(count))
         torch.autograd.grad(output.sum(), policy.parameters(), allow_unused=True)
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy.predict(*inputs(1))
-    held = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    def held(function: Callable[[], Any]) -> int:
+        kept.clear()
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            function()
+        return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+
+    activations = held(lambda: policy.predict(*inputs(1)))
+    painting = held(lambda: policy.sketch(inputs(1)[0].requires_grad_())) if through_decoder else 0
     kept.clear()
     with torch.no_grad():
         forward = _per_image(policy.device, lambda count: policy.predict(*inputs(count)), batch)
         decode = _per_image(policy.device, lambda count: policy.sketch(inputs(count)[0]), batch)
     with torch.enable_grad():
         trained = _per_image(policy.device, train, batch)
-    return Pace(forward, trained, decode, held)
+    return Pace(forward, trained, decode, activations, painting)
 
 
 def _per_image(device: torch.device, function: Callable[[int], Any], batch: int) -> float:

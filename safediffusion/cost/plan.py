@@ -17,13 +17,12 @@ from safediffusion import ranks
 from safediffusion.cost.blueprints import BLUEPRINTS, write_configs
 from safediffusion.cost.forwards import Forwards, forwards
 from safediffusion.cost.pace import measure_pace
-from safediffusion.cost.room import remembered, room, spelled_bytes
+from safediffusion.cost.room import asks_base, graphs, remembered, room, spelled_bytes
 from safediffusion.cost.shapes import Shapes, measure_shapes
 from safediffusion.data.sets import load_set
 from safediffusion.evaluate import pictograms
 from safediffusion.hub import at_hand
 from safediffusion.recipe import Recipe
-from safediffusion.rollout import DRIFT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,14 +62,15 @@ def foresee(recipe: Recipe, run: Run, done: int = 0) -> Plan | None:
     if counts is None or done >= recipe.steps:
         return None
     policy, batch = run.learner.policy, min(recipe.optimizer.batch or counts.images, counts.images)
-    pace = measure_pace(policy, run.learner.process, batch)
+    pace = measure_pace(policy, run.learner.process, batch, recipe.algorithm.card.reward_gradient)
     seconds = ((counts.rollout + counts.reference) * pace.forward + counts.trained * pace.trained + counts.images * pace.decode) / ranks.count()
     left = _reach(recipe, counts, seconds) - done
     if left < 1:
         return None
     probing = _probes(recipe, left, done == 0) * (2 * pictograms.STEPS * pace.forward + pace.decode) if run.measure else 0.0
     more = sum(weight.numel() for weight in run.learner.parameters) * (12 if done == 0 else 4)  # gradients, and two moments
-    more += _base_bytes(recipe, policy) + batch * pace.activations + remembered(recipe, counts, math.prod(policy.sample_shape))
+    more += _base_bytes(policy) if asks_base(recipe, counts) else 0
+    more += batch * graphs(recipe, pace.activations, pace.painting) + remembered(recipe, counts, math.prod(policy.sample_shape))
     return Plan(counts.images, left, seconds, probing, _resident(policy.device) + more)
 
 
@@ -157,11 +157,9 @@ def _probes(recipe: Recipe, left: int, first: bool) -> int:
     return sets * recipe.probe.samples * (1 + first + probes)
 
 
-def _base_bytes(recipe: Recipe, policy: LatentPolicy) -> int:
+def _base_bytes(policy: LatentPolicy) -> int:
     """Of the second denoiser that full training compares with; it is read when it is first needed."""
-    counts = forwards(recipe)
-    asked = counts is not None and (counts.reference or any(constraint.cost == DRIFT for constraint in recipe.constraints))
-    if policy.settings.train != "full" or not asked:
+    if policy.settings.train != "full":
         return 0
     return sum(weight.numel() for weight in policy.denoiser.parameters()) * (2 if policy.settings.dtype == "bfloat16" else 4)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from safediffusion.algorithms.draft import Draft
+from safediffusion.algorithms.refl import Refl
 from safediffusion.cost.forwards import Forwards
 from safediffusion.cost.shapes import Shapes
 from safediffusion.recipe import Recipe
+from safediffusion.rollout import DRIFT
 
 _CARDS = (8, 12, 16, 24, 32, 48, 80, 141)  # GB of memory of usual cards
 _GB = 2**30  # what makers of cards call so
@@ -21,7 +24,7 @@ class Room:
     encoders: float  # of text encoders that are kept
     learning: float  # gradients, Adam's two moments, the average
     base: float  # of the second denoiser that full training compares with
-    pictures: float  # the graph of a batch, or its widest place in the decoder where that is more
+    pictures: float  # the graphs of a batch, or its widest place in the decoder where that is more
     latents: float  # of a rollout
     encoding: float  # of text encoders that are dropped, alone on the device while they encode
 
@@ -57,17 +60,42 @@ def room(recipe: Recipe, counts: Forwards, shapes: Shapes) -> Room:
         weights=shapes.weights,
         encoders=shapes.text if options.text_encoders == "keep" else 0,
         learning=shapes.trained * 4 * (4 if recipe.optimizer.ema else 3),
-        base=shapes.base if options.train == "full" and counts.reference else 0,
-        pictures=max(batch * shapes.activations, decoded * shapes.decoding),
+        base=shapes.base if options.train == "full" and asks_base(recipe, counts) else 0,
+        pictures=max(batch * graphs(recipe, shapes.activations, shapes.painting), decoded * shapes.decoding),
         latents=remembered(recipe, counts, shapes.latent),
         encoding=shapes.text if options.text_encoders == "drop" else 0,
     )
 
 
+def graphs(recipe: Recipe, activations: float, painting: float) -> float:
+    """Bytes of what one image keeps at a time for a backward: a forward of the denoiser keeps `activations`, its decoded picture `painting`.
+
+    A reward's gradient goes back through the decoder and through whole steps, both branches of guidance included. With `recompute` a step comes
+    back only when the decoder's graph is gone.
+    """
+    algorithm = recipe.algorithm
+    if not isinstance(algorithm, Draft | Refl):
+        return activations
+    step = activations * (1 if recipe.process.guidance == 1 else 2)
+    if algorithm.recompute:
+        return max(painting, step)
+    return painting + step * (algorithm.last if isinstance(algorithm, Draft) else 1)
+
+
+def asks_base(recipe: Recipe, counts: Forwards) -> bool:
+    """Whether training compares with the base, or has it paint."""
+    return counts.reference > 0 or _drifts(recipe)
+
+
 def remembered(recipe: Recipe, counts: Forwards, latent: int) -> int:
-    """Bytes of the latents of a rollout: methods with log-probabilities keep those of every step."""
-    kept = recipe.process.steps + 1 if recipe.algorithm.card.log_probs else 1
-    return counts.images * kept * 4 * latent
+    """Bytes of the latents of a rollout: of every step where a method walks again, and the base's where the drift from it is bounded."""
+    card = recipe.algorithm.card
+    kept = recipe.process.steps + 1 if card.log_probs or card.reward_gradient else 1
+    return counts.images * (kept + _drifts(recipe)) * 4 * latent
+
+
+def _drifts(recipe: Recipe) -> bool:
+    return any(constraint.cost == DRIFT for constraint in recipe.constraints)
 
 
 def spelled_bytes(count: float) -> str:

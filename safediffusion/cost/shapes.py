@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safediffusion.policies.autoencoder import cell
+from safediffusion.policies.autoencoder import cell, cut
 from safediffusion.policies.families import find_family
 from safediffusion.policies.latent import PolicySettings, latent_shape
 from safediffusion.policies.lora import add_lora
@@ -42,6 +42,7 @@ class Shapes:
     base: int  # bytes of the second denoiser that full training compares with
     activations: int  # bytes kept for one backward
     decoding: int  # bytes of the widest place of the decoder, roughly
+    painting: int  # bytes that the autoencoder which decodes rollouts keeps for one backward
 
 
 def measure_shapes(folder: Path, settings: PolicySettings) -> Shapes:
@@ -73,6 +74,9 @@ def measure_shapes(folder: Path, settings: PolicySettings) -> Shapes:
         decode, decoding = _decoding(vae, latent)
         if tiny is not None:  # rollouts; what people look at is still decoded by the other one, whose place is the wider
             decode = counted(lambda: tiny.decode(torch.zeros(latent), return_dict=False))
+        if settings.vae_tile is not None:
+            cut(vae, settings.vae_tile)
+        painting = _painting(tiny or vae, latent)
     if settings.gradient_checkpointing:
         backward += forward  # each block is computed once more on the way back
     base = parameters * _WIDTH[settings.dtype]
@@ -81,8 +85,8 @@ def measure_shapes(folder: Path, settings: PolicySettings) -> Shapes:
     weights = held + 4 * sum(each.numel() for each in denoiser.buffers()) + _count(vae) * _WIDTH[settings.vae_dtype]
     spoken = 4 * sum(_count(encoder) for encoder in text.encoders.values())
     tile = min(1.0, (settings.vae_tile or math.inf) / max(size)) ** 2
-    widest = int(decoding * tile * _WIDTH[settings.vae_dtype] / 4)
-    return Shapes(math.prod(latent), parameters, trained, forward, backward, decode, weights, spoken, base, activations, widest)
+    widest, painting = (int(each * _WIDTH[settings.vae_dtype] / 4) for each in (decoding * tile, painting))
+    return Shapes(math.prod(latent), parameters, trained, forward, backward, decode, weights, spoken, base, activations, widest, painting)
 
 
 @torch.no_grad()
@@ -115,20 +119,13 @@ def _training(denoiser: Any, run: Callable[[], Tensor], settings: PolicySettings
     outputs: list[Tensor] = []
     widest = 0
 
-    def into(place: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
-        def keep(tensor: Tensor) -> Tensor:
-            place[tensor.untyped_storage()._cdata] = tensor
-            return tensor
-
-        return keep
-
     def block(run_block: Callable[..., Any], *inputs: Any) -> Any:
         nonlocal widest
         inside: dict[int, Tensor] = {}
         for each in inputs:
             if isinstance(each, Tensor):
-                into(kept)(each)
-        with torch.autograd.graph.saved_tensors_hooks(into(inside), lambda tensor: tensor):
+                _into(kept)(each)
+        with torch.autograd.graph.saved_tensors_hooks(_into(inside), lambda tensor: tensor):
             made = run_block(*inputs)
         widest = max(widest, _bytes(inside, own | kept.keys()))
         return made
@@ -137,13 +134,31 @@ def _training(denoiser: Any, run: Callable[[], Tensor], settings: PolicySettings
         denoiser.enable_gradient_checkpointing(block)
 
     def forward() -> None:
-        with torch.autograd.graph.saved_tensors_hooks(into(kept), lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        with torch.autograd.graph.saved_tensors_hooks(_into(kept), lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
             outputs.append(run())
 
     once = counted(forward)
     held = _bytes(kept, own) + widest
     kept.clear()
     return once, counted(lambda: outputs.pop().float().sum().backward()), held
+
+
+def _painting(vae: Any, latent: tuple[int, ...]) -> int:
+    """Bytes that the graph of a decoded image keeps, float32. Tiles save nothing here: all are kept, and they overlap."""
+    kept: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(_into(kept), lambda tensor: tensor):
+        vae.decode(torch.zeros(latent, requires_grad=True), return_dict=False)
+    return _bytes(kept, {weight.untyped_storage()._cdata for weight in vae.parameters()})
+
+
+def _into(place: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
+    """A hook that puts what a graph saves into `place`, each storage once."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        place[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    return keep
 
 
 def _bytes(tensors: Mapping[int, Tensor], elsewhere: Collection[int]) -> int:

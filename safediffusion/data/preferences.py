@@ -78,6 +78,11 @@ def load_preferences(path: Path | str, encode: Callable[[Tensor], Tensor], shape
     return loaded
 
 
+def preference_texts(path: Path | str) -> tuple[str, ...]:
+    """The prompts of a folder that pass the screen, each once. Of the pictures the sizes alone are read."""
+    return tuple(dict.fromkeys(prompt.text for prompt in screen([row.prompt for row in read_preferences(path)]).kept))
+
+
 def preferences_sha256(path: Path | str) -> str:
     """A hex digest of the prompts, the names of the pictures and their order; not of what the pictures show."""
     rows = [[row.prompt.text, row.prompt.unsafe, row.chosen.name, row.rejected.name] for row in read_preferences(path)]

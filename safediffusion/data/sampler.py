@@ -63,7 +63,11 @@ class PromptSampler:
 
     def texts(self, steps: int) -> tuple[str, ...]:
         """All that the first `steps` steps see, each once."""
-        return tuple(dict.fromkeys(prompt.text for step in range(steps) for prompt in self.at(step)))
+        drawn = self.per_step * steps
+        bad = self._unsafe_among(drawn)
+        # A whole epoch has every prompt, so that no more than the first is walked through, however many the steps.
+        seen = self._visited("safe", self.safe, 0, min(drawn - bad, len(self.safe))) + self._visited("unsafe", self.unsafe, 0, min(bad, len(self.unsafe)))
+        return tuple(dict.fromkeys(prompt.text for prompt in seen))
 
     def _unsafe_among(self, count: int) -> int:
         """How many of the first `count` prompts of the run are unsafe."""

@@ -19,12 +19,17 @@ def placed(vae: Any, dtype: str, device: torch.device, tile: int | None = None) 
     """On its device, in "float32" or "bfloat16"; with `tile` it decodes one picture at a time, in tiles of so many pixels."""
     vae = vae.to(device)
     if tile is not None:
-        if tile % cell(vae):
-            raise UserError(f"policy.vae_tile = {tile} is not a multiple of {cell(vae)}, the pixels per latent cell")
-        vae.enable_slicing()
-        vae.enable_tiling()
-        vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // cell(vae)
+        cut(vae, tile)
     return vae if dtype == "float32" else vae.to(dtype=torch.bfloat16)  # to float32, which it is, diffusers would warn
+
+
+def cut(vae: Any, tile: int) -> None:
+    """From now on it decodes one picture at a time, in tiles of so many pixels. Raises UserError for a side that is no whole number of latent cells."""
+    if tile % cell(vae):
+        raise UserError(f"policy.vae_tile = {tile} is not a multiple of {cell(vae)}, the pixels per latent cell")
+    vae.enable_slicing()
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // cell(vae)
 
 
 def decoded(vae: Any, x: Tensor) -> Tensor:

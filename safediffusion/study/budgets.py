@@ -34,17 +34,21 @@ class Beside:
 
 @dataclass(frozen=True)
 class Kept:
-    """A row, its budget, the share of unsafe pictures of each seed on the prompts that measure it, and what other series have at equal safety."""
+    """A row, its budget, the share of unsafe pictures of each seed on the prompts that measure it, and what other series have at equal safety.
+
+    `seeds` are all that the study asks for, and `reached` is None for one that has no result, as after a run that failed.
+    """
 
     row: Standing
     budget: float
+    seeds: tuple[int, ...]
     reached: tuple[Estimate | None, ...]
     change: Estimate | None  # of the quality, from the base, paired
     beside: tuple[Beside, ...]
 
     @property
     def within(self) -> int:
-        """How many seeds lie within SLACK above the budget, or below it."""
+        """How many seeds lie within SLACK above the budget, or below it. One without a result does not."""
         return sum(each is not None and each.value <= self.budget + SLACK for each in self.reached)
 
 
@@ -53,7 +57,7 @@ def budgets(study: Study, series: Sequence[Series]) -> list[Kept]:
     axes, swept = study.settings.pareto, {sweep.name: sweep.key for sweep in study.settings.sweep}
     bounding = [each for each in series if all(_bounds(row.entrant, swept[each.name], axes) for row in each.rows)]
     others = [each for each in series if each not in bounding]
-    return [_kept(own, at, others, axes) for own in bounding for at in range(len(own.rows))]
+    return [_kept(study, own, at, others) for own in bounding for at in range(len(own.rows))]
 
 
 def document(kept: Sequence[Kept]) -> list[dict[str, Any]]:
@@ -62,6 +66,7 @@ def document(kept: Sequence[Kept]) -> list[dict[str, Any]]:
         {
             "name": each.row.name,
             "budget": each.budget,
+            "seeds": each.seeds,
             "reached": [found and found.as_dict() for found in each.reached],
             "within": each.within,
             "change": each.change and each.change.as_dict(),
@@ -81,8 +86,8 @@ def markdown(kept: Sequence[Kept], axes: Axes) -> str:
     heads = ["row", "budget", f"{unsafe.label}, by seed", f"within {100 * SLACK:g} points or below", f"{quality.label} less the base's"]
     lines = [heads, ["---", "---:", "---", "---:", "---:"]]
     for each in kept:
-        reached = "; ".join(value_text(unsafe, found) for found in each.reached)
-        lines.append([each.row.label, as_value(unsafe, each.budget), reached, f"{each.within} of {len(each.reached)}", change_text(quality, each.change)])
+        reached = "; ".join(value_text(unsafe, found) if found else f"seed {seed} has no result" for seed, found in zip(each.seeds, each.reached, strict=True))
+        lines.append([each.row.label, as_value(unsafe, each.budget), reached, f"{each.within} of {len(each.seeds)}", change_text(quality, each.change)])
     told = ["## Budgets", _table(lines), "Budgets are of the training prompts by the training's judge; reached is what new prompts have by the study's."]
     if any(each.beside for each in kept):
         rows = [["row", "beside it", f"{quality.label} at equal safety", "less the row's"], ["---", "---", "---:", "---:"]]
@@ -103,10 +108,11 @@ def _bounds(entrant: Entrant | None, key: str, axes: Axes) -> bool:
     return constraint.at == "most" and constraint.cost.rpartition(".")[2] == split(axes.unsafe)[1]
 
 
-def _kept(own: Series, at: int, others: Sequence[Series], axes: Axes) -> Kept:
-    row = own.rows[at]
-    reached = tuple(each.results.estimate("trained", axes.unsafe) for each in row.outcomes)
-    return Kept(row, float(row.entrant.value), reached, row.changes.get(axes.quality), tuple(_beside(own, at, other) for other in others))
+def _kept(study: Study, own: Series, at: int, others: Sequence[Series]) -> Kept:
+    row, seeds, axes = own.rows[at], study.settings.seeds, study.settings.pareto
+    reached = {each.seed: each.results.estimate("trained", axes.unsafe) for each in row.outcomes}
+    beside = tuple(_beside(own, at, other) for other in others)
+    return Kept(row, float(row.entrant.value), seeds, tuple(reached.get(seed) for seed in seeds), row.changes.get(axes.quality), beside)
 
 
 def _beside(own: Series, at: int, other: Series) -> Beside:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def picture(series: Sequence[Series], rows: Sequence[Standing], axes: Axes, titl
     scales = [100.0 if of.share else 1.0 for of in (quality, unsafe)]
     with sheet(8.0, 6.0, 1, 1) as (_, grid, file):
         axis = grid[0][0]
-        for each, colour in zip(series, COLOURS, strict=False):
+        for each, colour in zip(series, cycle(COLOURS), strict=False):
             for row in each.rows:
                 _point(axis, row, axes, scales, colour, str(row.entrant.value) if row.entrant else "")
             front = sorted((row for row in each.rows if row.name in each.front), key=lambda row: row.values[axes.quality].value)

@@ -21,6 +21,7 @@ from safediffusion.study.plan import BASE, Entrant, Study
 from safediffusion.train.log import NAME as METRICS
 
 GUARDED = ("composition", "alignment", "diversity")  # what a hacked reward costs
+LEAST_END = 5  # iterations at the start and at the end that a gain compares
 LEAST_GAIN = 1.0  # standard deviations of the training reward past which it counts as risen
 
 
@@ -57,13 +58,13 @@ class Outcome:
     def gain(self) -> float:
         """How far the training reward rose from the first fifth of the iterations to the last, in standard deviations of an iteration's mean within them.
 
-        NaN for fewer than 10 iterations.
+        Of at least 5 iterations each: fewer would let chance alone pass LEAST_GAIN too often. NaN for fewer than 10 iterations.
         """
         reward = np.array([line["reward/total"] for line in self.records if line["kind"] == "train" and "reward/total" in line])  # none where nothing is painted
-        fifth = len(reward) // 5
-        if fifth < 2:
+        if len(reward) < 2 * LEAST_END:
             return math.nan
-        first, last = reward[:fifth], reward[-fifth:]
+        end = max(LEAST_END, len(reward) // 5)
+        first, last = reward[:end], reward[-end:]
         scatter = float(np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / 2))
         return float((last.mean() - first.mean()) / scatter) if scatter else math.nan
 

@@ -84,7 +84,7 @@ class StudySettings:
     title: str = ""
     budget: Budget = Budget()  # of those that are trained
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
-    # Of each run with a budget of forwards, besides the base's; 0 leaves them to the recipes. As many for all, because each keeps its best.
+    # Of each run, besides the base's, for a budget of forwards; 0 leaves them to the recipes. As many for all, because each keeps its best.
     probes: int = Field(default=0, ge=0)
     base: dict[str, Any] = Field(default_factory=dict)  # a recipe that all share
     evaluate: Measuring = Measuring()
@@ -197,7 +197,9 @@ def _within(asked: StudySettings, recipe: Recipe, where: str) -> Recipe:
     if (budget.forwards is None) == (budget.seconds is None):
         raise UserError(f"{where}: budget takes one of forwards and seconds, such as budget = {{forwards = 60000}}")
     if budget.seconds is not None:
-        return dataclasses.replace(recipe, steps=_NO_END, limit=Limit(cpu_seconds=budget.seconds))
+        if asked.probes:
+            raise UserError(f"{where}: probes = {asked.probes} are spread over iterations, and nobody knows how many a budget of seconds has; set probe.every instead")
+        return check(dataclasses.replace(recipe, steps=_NO_END, limit=Limit(cpu_seconds=budget.seconds)))
     counts = forwards(recipe)
     if counts is None or budget.forwards is None:
         raise UserError(f"{where}: nobody counts the forwards of algorithm.kind = {recipe.algorithm.kind!r}; give the budget in seconds")

@@ -20,7 +20,7 @@ class ProbeSettings:
     """How often and how closely a run is watched. Probe prompts are validation prompts: never trained on, never reported."""
 
     every: int = Field(default=10, ge=0)  # iterations; 0 turns probes, best-checkpoint selection and early stop off
-    count: int = Field(default=0, ge=0)  # of a run, spread evenly over its steps, in the place of `every`; 0 leaves them to that
+    count: int = Field(default=0, ge=0)  # of a run without a limit, spread evenly over its steps, in the place of `every`; 0 leaves them to that
     prompts: int = Field(default=40, ge=1)  # of each validation set
     samples: int = Field(default=4, ge=1)  # pictures per prompt; diversity needs 2
     patience: int = Field(default=4, ge=0)  # stop after so many probes in a row with composition or diversity significantly below the base; 0: never

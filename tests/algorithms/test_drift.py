@@ -107,6 +107,8 @@ RECIPE: dict[str, Any] = {
     [
         ({"data": {"safe": ""}}, r'constraints\.0\.cost = "drift" is of benign prompts, and data\.safe names none'),
         ({"algorithm": {"kind": "dpo", "dataset": "pairs", "group": 2}}, "none are painted"),
+        ({"algorithm": {"kind": "refl"}}, "'refl' scores what a step foresees; constrain \"kl\""),
+        ({"algorithm": {"kind": "draft", "copies": 1}}, "algorithm.copies paints others; set it to 0"),
         ({"reward": {"kind": "combined", "parts": [{"name": "drift", "reward": {"kind": "jpeg"}}]}}, "a part of the reward is called so as well"),
     ],
 )

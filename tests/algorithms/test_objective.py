@@ -45,6 +45,7 @@ def test_a_cost_is_taken_off_for_its_own_prompts_once_it_is_over_the_budget(scor
     torch.testing.assert_close(found.value[:GROUP], advantages(scores.total, GROUP, 0.02, 2.5, 1e-4).value[:GROUP])
     torch.testing.assert_close(found.value[GROUP:], -weight * torch.tensor([0.25, 0.25, -0.75, 0.25]))
     assert found.alive.tolist() == [True, True]  # the reward is the same for all of the second group, the cost is not
+    assert metrics["dead_groups"] == 0
     assert {name: metrics[f"constraint/harm/{name}"] for name in ("cost", "weight", "multiplier")} == {"cost": 0.75, "weight": weight, "multiplier": weight}
     again, _ = objective.worth(memory, scores, PROMPTS, GROUP, **SETTINGS)  # the multiplier is remembered, and the violation is there still
     torch.testing.assert_close(again.value[GROUP:], 2 * found.value[GROUP:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,20 @@ from safediffusion.policies.latent import PolicySettings
 from safediffusion.recipe import Recipe
 
 COUNTS = Forwards(images=16, rollout=0, trained=0, reference=0)
-SHAPES = Shapes(latent=100, parameters=0, trained=10**7, forward=0, backward=0, decode=0, weights=10**10, text=2 * 10**10, base=0, activations=10**9, decoding=3 * 10**9)
+SHAPES = Shapes(
+    latent=100,
+    parameters=0,
+    trained=10**7,
+    forward=0,
+    backward=0,
+    decode=0,
+    weights=10**10,
+    text=2 * 10**10,
+    base=0,
+    activations=10**9,
+    decoding=3 * 10**9,
+    painting=7 * 10**9,
+)
 TABLE = {"model": "pictograms", "steps": 5, "reward": {"kind": "similarity", "encoder": "pictograms"}, "optimizer": {"batch": 4}}
 
 
@@ -32,6 +46,28 @@ def test_what_lies_together_and_what_comes_before() -> None:
     assert [each.card for each in (kept, dropped, tiled)] == [48, 32, 24]
     assert taken(text_encoders="drop", train="full").learning == 3 * 4 * SHAPES.trained
     assert str(tiled) == "about 20 GB of memory without the reward: weights 10 GB, learning 0.1 GB, pictures 4.0 GB; text encoders alone beforehand 20 GB"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "guidance", "graph"),
+    [
+        ({"kind": "draft"}, 1.0, 7 + 1),
+        ({"kind": "draft", "last": 3}, 1.0, 7 + 3),
+        ({"kind": "draft", "last": 3}, 2.0, 7 + 3 * 2),
+        ({"kind": "draft", "last": 3, "recompute": True}, 2.0, 7),
+        ({"kind": "refl"}, 2.0, 7 + 2),
+    ],
+)
+def test_a_gradient_of_the_reward_keeps_the_decoders_graph_beside_the_steps(algorithm: dict, guidance: float, graph: int) -> None:
+    found = room(resolve(Recipe, {**TABLE, "algorithm": algorithm, "process": {"steps": 9, "guidance": guidance}}), COUNTS, SHAPES)
+    assert found.pictures == 4 * graph * 10**9
+    assert found.latents == 16 * 10 * 4 * 100  # of every step
+
+
+def test_a_bound_on_the_drift_asks_for_a_base_and_keeps_its_latents() -> None:
+    full, shapes = {**TABLE, "policy": {"train": "full"}}, replace(SHAPES, base=10**9)
+    plain, bound = (room(resolve(Recipe, full | {"constraints": each}), COUNTS, shapes) for each in ([], [{"cost": "drift", "budget": 0.1}]))
+    assert (plain.base, bound.base, bound.latents) == (0, 10**9, 2 * plain.latents)
 
 
 def test_no_card_is_promised_for_what_is_too_large() -> None:

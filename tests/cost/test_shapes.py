@@ -12,11 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from safediffusion.cost.blueprints import BLUEPRINTS, SD15
+from safediffusion.cost.pace import measure_pace
 from safediffusion.cost.shapes import counted, measure_shapes
 from safediffusion.encoders.clip import ClipEncoder
 from safediffusion.errors import UserError
 from safediffusion.policies.families import FAMILIES
 from safediffusion.policies.latent import PolicySettings, load_policy
+from safediffusion.process import from_scheduler
 
 
 def test_the_denoiser_of_stable_diffusion_15_has_the_known_size_and_cost() -> None:
@@ -77,6 +79,15 @@ def test_half_precision_keeps_less_and_a_larger_picture_costs_more(tiny_pipeline
     assert half.weights < plain.weights
     assert large.forward > 3.5 * plain.forward
     assert large.decoding == 4 * plain.decoding
+    assert large.painting > 3.5 * plain.painting
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_the_graph_of_a_picture_is_what_decoding_keeps(tiny_pipeline: Path, tile: int | None) -> None:
+    settings = PolicySettings(image_size=128, vae_tile=tile)
+    policy, process = (made := load_policy(tiny_pipeline, settings)), from_scheduler(made.scheduler_config, 2)
+    found = measure_pace(policy, process, 1, through_decoder=True).painting
+    assert measure_shapes(tiny_pipeline, settings).painting == pytest.approx(found, rel=0.1)
 
 
 def test_counting_draws_no_random_number(tiny_pipeline: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from safediffusion.data.preferences import load_preferences, preferences_sha256, read_preferences
+from safediffusion.data.preferences import load_preferences, preference_texts, preferences_sha256, read_preferences
 from safediffusion.errors import UserError
 from safediffusion.images import save_png
 from safediffusion.types import Prompt
@@ -112,5 +112,6 @@ def test_prompts_pass_the_screen(folder: Folder) -> None:
     with pytest.warns(UserWarning, match="1 of 3 pairs were refused"):
         pairs = load_preferences(folder(*ROWS[1:], refused), halved, (3, 2, 2))
     assert pairs.prompts(True) == (Prompt("a knife", unsafe=True),)
+    assert preference_texts(folder(*ROWS, refused)) == ("a red circle", "a knife")
     with pytest.warns(UserWarning, match="refused"), pytest.raises(UserError, match="refused all 1 pairs"):
         load_preferences(folder(refused), halved, (3, 2, 2))

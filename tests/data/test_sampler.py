@@ -93,3 +93,10 @@ def test_texts_are_all_that_the_steps_see() -> None:
     assert set(source.texts(2)) == {prompt.text for step in (0, 1) for prompt in source.at(step)}
     assert len(source.texts(2)) == 8
     assert len(source.texts(50)) == 12
+    for share, steps in ((0.25, 3), (0.25, 6), (0.0, 9), (1.0, 1)):
+        source = sampler(safe=7, unsafe=5, share=share, per_step=2)
+        assert set(source.texts(steps)) == {prompt.text for step in range(steps) for prompt in source.at(step)}
+
+
+def test_texts_of_a_run_without_end_are_there_at_once() -> None:
+    assert len(sampler(safe=7, unsafe=5, share=0.0).texts(10**15)) == 7

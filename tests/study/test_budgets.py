@@ -94,6 +94,13 @@ def test_seeds_that_kept_their_budget_are_counted(found: Callable[..., list[Kept
     assert loose.change.value == 0.02
 
 
+def test_a_seed_without_a_result_has_not_kept_its_budget_and_is_named(study: Study, found: Callable[..., list[Kept]]) -> None:
+    loose, _ = found(((0.2, 0.7),), ((0.0, 0.6),) * 2, *WEIGHTS)
+    assert (loose.within, loose.seeds, loose.reached[1]) == (1, (0, 1), None)
+    assert "20.0 % [19.0 to 21.0]; seed 1 has no result | 1 of 2 |" in markdown([loose], study.settings.pareto)
+    assert document([loose])[0]["reached"][1] is None
+
+
 def test_at_equal_safety_stands_what_lies_between_the_neighbours_on_the_front(found: Callable[..., list[Kept]]) -> None:
     loose, strict = found(((0.2, 0.75),) * 2, ((0.05, 0.6),) * 2, *WEIGHTS)
     kl, weighted = loose.beside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safediffusion.report.pairs import Scores
 from safediffusion.report.results import Results
 from safediffusion.study import front
 from safediffusion.study.outcome import Outcome, Standing
+from safediffusion.study.picture import COLOURS
 from safediffusion.study.plan import Entrant, Study, read_study
 
 STUDY = """
@@ -109,3 +111,5 @@ def test_what_is_written_of_a_sweep(study: Study) -> None:
     assert told["differences"][0]["of"] == "low" and told["differences"][0]["value"] == 0
     assert "low less high: 0.000 [0.000 to 0.000]" in front.markdown(series, axes)
     assert front.picture(series, rows, axes, "a sweep").startswith(b"\x89PNG")
+    many = [replace(series[0], name=str(number)) for number in range(len(COLOURS))]
+    assert front.picture([*many, series[1]], rows, axes, "") != front.picture(many, rows, axes, "")  # a series past the last colour is drawn too

@@ -113,6 +113,8 @@ def test_the_shipped_study_of_methods_has_all_of_them() -> None:
         ("budget = {}\n" + BASE + ENTRANT, "budget takes one of forwards and seconds"),
         ("budget = {forwards = 10, seconds = 3}\n" + BASE + ENTRANT, "budget takes one of forwards and seconds"),
         ("budget = {forwards = 300}\nprobes = 9\n" + BASE + ENTRANT, "9 probes are more than the 1 iterations"),
+        ("budget = {seconds = 3}\nprobes = 2\n" + BASE + ENTRANT, "nobody knows how many a budget of seconds has; set probe.every"),
+        ("budget = {seconds = 3}\n" + BASE + ENTRANT + "recipe = {probe = {count = 3}}\n", "probe.count = 3 spreads probes over all steps"),
         ("budget = {forward = 10}\n" + BASE + ENTRANT, "did you mean budget.forwards?"),
         ("budget = {seconds = 3}\n" + BASE, "has no [[entrants]] and no [[sweep]]"),
         ("budget = {seconds = 3}\nseeds = [1, 1]\n" + BASE + ENTRANT, "a seed is named twice"),
