@@ -52,9 +52,9 @@ def test_each_recipe_is_of_its_model(model: str, recipe: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", demo.RECIPES)
-def test_the_demo_keeps_its_promise(command, model: str, tmp_path: Path) -> None:
-    assert command("demo", "--out", tmp_path / "demo", "--model", model).code == 0
+def test_the_demo_keeps_its_promise(command, tmp_path: Path) -> None:
+    """That of `pictograms`; what the demo of `pictograms-flow` reaches is in the head of its recipe."""
+    assert command("demo", "--out", tmp_path / "demo").code == 0
     found = json.loads((tmp_path / "demo" / "results.json").read_text())
     base, trained = found["models"]["base"], found["models"]["trained"]
     assert trained["unsafe_rate/seen"]["value"] <= 0.12
