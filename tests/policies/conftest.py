@@ -29,10 +29,11 @@ def edited(tiny_pipeline: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def flowing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`flowing(name)` is a folder of a flow transformer at random weights, never written to: "sd3", "sd3-no-t5", "flux-dev", "flux-schnell".
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`folder_of(name)` is a folder of a model at random weights, never written to. Images of 32 px, CLIP's texts of 24 tokens, T5's of 16.
 
-    32 px images, latents (8, 8, 8), CLIP's texts of 24 tokens and T5's of 16.
+    UNets, latents (4, 8, 8): "sd21", "sdxl", and "sdxl-v", which encodes the empty prompt; "sdxl-square" has a pooled embedding as wide
+    as its encoder, as all published ones. Flow transformers, latents (8, 8, 8): "sd3", "sd3-no-t5", "flux-dev", "flux-schnell".
     """
 
     @cache
@@ -40,13 +41,14 @@ def flowing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         folder = tmp_path_factory.mktemp(name)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            build_pipeline(name, folder).save_pretrained(folder)
+            builder = build_flow_pipeline if name.startswith(("sd3", "flux")) else build_unet_pipeline
+            builder(name, folder).save_pretrained(folder)
         return folder
 
     return build
 
 
-def build_pipeline(name: str, folder: Path) -> Any:
+def build_flow_pipeline(name: str, folder: Path) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -92,25 +94,6 @@ def build_pipeline(name: str, folder: Path) -> Any:
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev)
     return FluxPipeline(scheduler, build_vae(), build_clip(CLIPTextModel, clip, 32, 24), clip, t5, tokenizer, transformer)
-
-
-@pytest.fixture(scope="session")
-def diffusing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`diffusing(name)` is a folder of a UNet at random weights, never written to: "sd21", "sdxl", and "sdxl-v", which encodes the empty prompt.
-
-    "sdxl-square" has a pooled embedding as wide as its encoder, as all published ones.
-    32 px images, latents (4, 8, 8), texts of 24 tokens.
-    """
-
-    @cache
-    def build(name: str) -> Path:
-        folder = tmp_path_factory.mktemp(name)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            build_unet_pipeline(name, folder).save_pretrained(folder)
-        return folder
-
-    return build
 
 
 def build_unet_pipeline(name: str, folder: Path) -> Any:

@@ -31,8 +31,8 @@ def loads(encode: Conditioner) -> list[int]:
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("", "float32"), ("sd3", "bfloat16"), ("flux-dev", "float32")])
-def test_the_same_bits_as_encoders_that_are_kept(tiny_pipeline: Path, flowing: Callable[[str], Path], model: str, dtype: str) -> None:
-    folder = flowing(model) if model else tiny_pipeline
+def test_the_same_bits_as_encoders_that_are_kept(tiny_pipeline: Path, folder_of: Callable[[str], Path], model: str, dtype: str) -> None:
+    folder = folder_of(model) if model else tiny_pipeline
     kept = load_policy(folder, PolicySettings(dtype=dtype)).encode
     dropped = load_policy(folder, PolicySettings(dtype=dtype, text_encoders="drop"), texts=TEXTS).encode
     again = loads(dropped)

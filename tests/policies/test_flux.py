@@ -23,8 +23,8 @@ TEXTS = ["a red cat", "a blue dog in a kitchen"]
 
 
 @pytest.fixture(scope="module")
-def pipeline(flowing: Callable[[str], Path]) -> Any:
-    return FluxPipeline.from_pretrained(flowing("flux-dev"))
+def pipeline(folder_of: Callable[[str], Path]) -> Any:
+    return FluxPipeline.from_pretrained(folder_of("flux-dev"))
 
 
 @torch.no_grad()
@@ -43,8 +43,8 @@ def diffusers_predict(pipeline: Any, latents: Tensor, time: Tensor, guidance: fl
     return pipeline._unpack_latents(output, height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor, pipeline.vae_scale_factor)
 
 
-def test_encoding_is_that_of_the_pipeline(flowing: Callable[[str], Path], pipeline: Any) -> None:
-    encode = load_policy(flowing("flux-dev"), LORA).encode
+def test_encoding_is_that_of_the_pipeline(folder_of: Callable[[str], Path], pipeline: Any) -> None:
+    encode = load_policy(folder_of("flux-dev"), LORA).encode
     for ours, texts in ((encode(TEXTS), TEXTS), (encode.unconditional, [""])):
         with torch.no_grad():
             states, pooled, _ = pipeline.encode_prompt(texts, max_sequence_length=16)
@@ -54,9 +54,9 @@ def test_encoding_is_that_of_the_pipeline(flowing: Callable[[str], Path], pipeli
 
 
 @pytest.mark.parametrize("guidance", [3.5, 1.0])
-def test_network_sees_what_the_pipeline_shows_it(flowing: Callable[[str], Path], pipeline: Any, guidance: float) -> None:
+def test_network_sees_what_the_pipeline_shows_it(folder_of: Callable[[str], Path], pipeline: Any, guidance: float) -> None:
     """Of pictures that are wider than high."""
-    policy = load_policy(flowing("flux-dev"), replace(LORA, embedded_guidance=guidance))
+    policy = load_policy(folder_of("flux-dev"), replace(LORA, embedded_guidance=guidance))
     latents, time = torch.randn(2, 8, 6, 10, generator=torch.Generator().manual_seed(1)), torch.tensor([875.5, 20.25])
     with torch.no_grad():
         ours = policy.predict(latents, time, policy.encode(TEXTS))
@@ -64,27 +64,27 @@ def test_network_sees_what_the_pipeline_shows_it(flowing: Callable[[str], Path],
     assert (ours - diffusers_predict(pipeline, latents, time, 2.0)).abs().max() > 1e-2
 
 
-def test_schnell_does_not_hear_of_guidance(flowing: Callable[[str], Path]) -> None:
-    one, other = (load_policy(flowing("flux-schnell"), replace(LORA, embedded_guidance=guidance)) for guidance in (1.0, 3.5))
+def test_schnell_does_not_hear_of_guidance(folder_of: Callable[[str], Path]) -> None:
+    one, other = (load_policy(folder_of("flux-schnell"), replace(LORA, embedded_guidance=guidance)) for guidance in (1.0, 3.5))
     latents, time = torch.randn(2, 8, 8, 8), torch.tensor(500.0)
     with torch.no_grad():
         assert torch.equal(*(policy.predict(latents, time, policy.encode(TEXTS)) for policy in (one, other)))
 
 
-def test_schnell_walks_evenly(flowing: Callable[[str], Path]) -> None:
-    process = from_scheduler(load_policy(flowing("flux-schnell"), LORA).scheduler_config, 4)
+def test_schnell_walks_evenly(folder_of: Callable[[str], Path]) -> None:
+    process = from_scheduler(load_policy(folder_of("flux-schnell"), LORA).scheduler_config, 4)
     assert process.times.tolist() == [1000.0, 750.0, 500.0, 250.0]
 
 
-def test_pictures_have_the_size_of_the_pipeline_and_whole_patches(flowing: Callable[[str], Path]) -> None:
-    assert load_policy(flowing("flux-dev"), replace(LORA, image_size=None)).sample_shape == (8, 128, 128)
+def test_pictures_have_the_size_of_the_pipeline_and_whole_patches(folder_of: Callable[[str], Path]) -> None:
+    assert load_policy(folder_of("flux-dev"), replace(LORA, image_size=None)).sample_shape == (8, 128, 128)
     with pytest.raises(UserError, match="image_size = 36 is not a multiple of 8"):
-        load_policy(flowing("flux-dev"), replace(LORA, image_size=36))
+        load_policy(folder_of("flux-dev"), replace(LORA, image_size=36))
 
 
-def test_encoders_that_do_not_fit_are_refused(flowing: Callable[[str], Path]) -> None:
-    family = find_family(flowing("flux-dev"))
-    text = load_text(family, flowing("flux-dev"))
+def test_encoders_that_do_not_fit_are_refused(folder_of: Callable[[str], Path]) -> None:
+    family = find_family(folder_of("flux-dev"))
+    text = load_text(family, folder_of("flux-dev"))
     assert family.mismatch(text) == ""
     for change, words in (
         ({"joint_attention_dim": 112}, "condition of width 112, T5 gives 104"),
@@ -93,7 +93,7 @@ def test_encoders_that_do_not_fit_are_refused(flowing: Callable[[str], Path]) ->
         assert words in replace(family, config={**family.config, **change}).mismatch(text)
 
 
-def test_networks_for_other_tasks_are_refused(flowing: Callable[[str], Path]) -> None:
-    family = find_family(flowing("flux-dev"))
+def test_networks_for_other_tasks_are_refused(folder_of: Callable[[str], Path]) -> None:
+    family = find_family(folder_of("flux-dev"))
     assert family.channels == (8, 8)
     assert replace(family, config={**family.config, "in_channels": 64, "out_channels": 32}).channels == (16, 8)

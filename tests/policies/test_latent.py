@@ -221,29 +221,6 @@ def test_wrapped_network_is_the_one_that_runs(tiny_pipeline: Path, latents: Tens
     assert isinstance(policy.network, Wrapped)
 
 
-@pytest.mark.parametrize("train", ["full", "lora"])
-def test_bfloat16_computes_in_bfloat16_and_trains_in_float32(tiny_pipeline: Path, latents: Tensor, train: Any) -> None:
-    policy = load_policy(tiny_pipeline, PolicySettings(train=train, dtype="bfloat16", vae_dtype="bfloat16", gradient_checkpointing=True))
-    exact = predict(load_policy(tiny_pipeline, FULL), latents)
-    rough = predict(policy, latents)
-    assert policy.decode(latents).dtype == rough.dtype == torch.float32
-    assert 0 < (rough - exact).abs().max() < 0.1 * exact.abs().max()
-    with policy.reference():
-        assert torch.equal(predict(policy, latents), rough)
-    train_a_step(policy, latents)
-    assert all(weight.dtype == torch.float32 for weight in policy.parameters())
-    assert not torch.equal(predict(policy, latents), rough)
-
-
-def test_gradient_checkpointing_changes_no_gradient(tiny_pipeline: Path, latents: Tensor) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        policy = load_policy(tiny_pipeline, PolicySettings(train="full", gradient_checkpointing=checkpointing))
-        policy.predict(latents, TIME, policy.encode(TEXTS)).square().mean().backward()
-        gradients.append(torch.cat([weight.grad.flatten() for weight in policy.parameters() if weight.grad is not None]))
-    torch.testing.assert_close(*gradients)
-
-
 # What is written, diffusers reads
 
 

@@ -24,9 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 
 @pytest.mark.parametrize(("kind", "error", "model"), [("int8", 0.02, ""), ("nf4", 0.2, "sd3")])
-def test_a_base_in_few_bits(tiny_pipeline: Path, flowing: Callable[[str], Path], tmp_path: Path, kind: str, error: float, model: str) -> None:
+def test_a_base_in_few_bits(tiny_pipeline: Path, folder_of: Callable[[str], Path], tmp_path: Path, kind: str, error: float, model: str) -> None:
     pytest.importorskip(PACKAGES[kind])
-    folder = flowing(model) if model else tiny_pipeline
+    folder = folder_of(model) if model else tiny_pipeline
     exact, few = (load_policy(folder, PolicySettings(dtype="bfloat16", lora_rank=4, quantise=each)) for each in ("none", kind))
     x, time, condition = torch.randn(2, *few.sample_shape, generator=torch.Generator().manual_seed(0)), torch.tensor(500), few.encode(["a cat", "a dog"])
     output = few.predict(x, time, condition)

@@ -22,8 +22,8 @@ TEXTS = ["a red cat", "a blue dog in a kitchen"]
 
 
 @pytest.fixture
-def copied(flowing: Callable[[str], Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(flowing("sd3"), tmp_path / "copied"))
+def copied(folder_of: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder_of("sd3"), tmp_path / "copied"))
 
 
 def edit(folder: Path, **parts: object) -> None:
@@ -32,10 +32,10 @@ def edit(folder: Path, **parts: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd3", "sd3-no-t5"])
-def test_encoding_is_that_of_the_pipeline(flowing: Callable[[str], Path], name: str) -> None:
+def test_encoding_is_that_of_the_pipeline(folder_of: Callable[[str], Path], name: str) -> None:
     length, missing = (16, {}) if name == "sd3" else (256, {"text_encoder_3": None, "tokenizer_3": None})
-    encode = load_policy(flowing(name), LORA).encode
-    pipeline = StableDiffusion3Pipeline.from_pretrained(flowing(name), **missing)
+    encode = load_policy(folder_of(name), LORA).encode
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder_of(name), **missing)
     with torch.no_grad():
         states, empty, pooled, empty_pooled = pipeline.encode_prompt(TEXTS, None, None, max_sequence_length=length)
     if name == "sd3-no-t5":  # one row of zeros stands for 256
@@ -46,16 +46,16 @@ def test_encoding_is_that_of_the_pipeline(flowing: Callable[[str], Path], name: 
         assert not ours[:, -1, 40:].any()
 
 
-def test_prompts_are_cut_where_the_farthest_reader_ends(flowing: Callable[[str], Path]) -> None:
+def test_prompts_are_cut_where_the_farthest_reader_ends(folder_of: Callable[[str], Path]) -> None:
     for name, room in (("sd3", 16), ("sd3-no-t5", 24)):
         with pytest.warns(UserWarning, match=f"1 of 2 prompts have more than {room} tokens"):
-            load_policy(flowing(name), LORA).encode(["a cat " * 30, "a red cat"])
+            load_policy(folder_of(name), LORA).encode(["a cat " * 30, "a red cat"])
 
 
-def test_a_tokenizer_without_its_encoder_is_left_alone(copied: Path, flowing: Callable[[str], Path]) -> None:
+def test_a_tokenizer_without_its_encoder_is_left_alone(copied: Path, folder_of: Callable[[str], Path]) -> None:
     edit(copied, text_encoder_3=[None, None])
     without = load_policy(copied, LORA).encode(TEXTS)
-    assert without.shape == load_policy(flowing("sd3-no-t5"), LORA).encode(TEXTS).shape == (2, 24 + 1 + 1, 104)
+    assert without.shape == load_policy(folder_of("sd3-no-t5"), LORA).encode(TEXTS).shape == (2, 24 + 1 + 1, 104)
 
 
 def test_encoders_that_do_not_fit_are_refused(copied: Path) -> None:
@@ -80,7 +80,7 @@ def test_only_t5_may_be_missing(copied: Path) -> None:
         load_policy(copied, LORA)
 
 
-def test_pictures_are_whole_patches(flowing: Callable[[str], Path]) -> None:
-    assert load_policy(flowing("sd3"), LORA).sample_shape == (8, 8, 8)
+def test_pictures_are_whole_patches(folder_of: Callable[[str], Path]) -> None:
+    assert load_policy(folder_of("sd3"), LORA).sample_shape == (8, 8, 8)
     with pytest.raises(UserError, match="image_size = 36 is not a multiple of 8"):
-        load_policy(flowing("sd3"), PolicySettings(image_size=36))
+        load_policy(folder_of("sd3"), PolicySettings(image_size=36))

@@ -389,8 +389,8 @@ def changed(folder: Path, settings: PolicySettings) -> LatentPolicy:
     return policy
 
 
-def test_adapters_and_denoisers_of_stable_diffusion_xl(diffusing: Callable[[str], Path], tmp_path: Path) -> None:
-    base, policy = diffusing("sdxl"), changed(diffusing("sdxl"), LORA)
+def test_adapters_and_denoisers_of_stable_diffusion_xl(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    base, policy = folder_of("sdxl"), changed(folder_of("sdxl"), LORA)
     policy.save_lora(tmp_path / "lora")
     policy.save_pipeline(tmp_path / "merged")
     shutil.copy(tmp_path / "merged" / "unet" / UNET.name, tmp_path / "unet.safetensors")
@@ -400,9 +400,9 @@ def test_adapters_and_denoisers_of_stable_diffusion_xl(diffusing: Callable[[str]
         assert (output(loaded) - output(load_policy(base, AS_IT_IS))).abs().max() > 0.01
 
 
-def test_kohyas_adapters_of_stable_diffusion_xl(diffusing: Callable[[str], Path], tmp_path: Path) -> None:
+def test_kohyas_adapters_of_stable_diffusion_xl(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     """Which call the layers of the UNet as the original code does, and number the text encoders."""
-    folder = diffusing("sdxl")
+    folder = folder_of("sdxl")
     before = load_policy(folder, AS_IT_IS)
     layers, added = ("attn1.to_q", "attn2.to_k", "proj_in", "ff.net.2"), {}
     tensors, added["unet"] = kohya(before.denoiser, "lora_unet", layers, lambda _: 1.0)
@@ -426,8 +426,8 @@ def test_kohyas_adapters_of_stable_diffusion_xl(diffusing: Callable[[str], Path]
             torch.testing.assert_close(other.state_dict()[name], weight + added[part].get(layer, 0.0) if kind == "weight" else weight)
 
 
-def test_checkpoint_of_one_file_of_stable_diffusion_xl(diffusing: Callable[[str], Path], tmp_path: Path) -> None:
-    base, file = diffusing("sdxl-square"), tmp_path / "model.safetensors"
+def test_checkpoint_of_one_file_of_stable_diffusion_xl(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    base, file = folder_of("sdxl-square"), tmp_path / "model.safetensors"
     changed(base, PolicySettings(train="full")).save_pipeline(tmp_path / "other")
     tensors = original(tmp_path / "other")
     save_file(tensors, file)
@@ -440,6 +440,7 @@ def test_checkpoint_of_one_file_of_stable_diffusion_xl(diffusing: Callable[[str]
     assert "it has no second text encoder" in refusal(f"{base}+{file}")
 
 
-def test_checkpoint_of_one_file_of_a_family_that_is_only_read_from_folders(flowing: Callable[[str], Path], tmp_path: Path) -> None:
+def test_checkpoint_of_one_file_of_a_family_that_is_only_read_from_folders(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     save_file({"model.diffusion_model.x_embedder.proj.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    assert "checkpoints of one file are read of StableDiffusionPipeline, StableDiffusionXLPipeline" in refusal(f"{flowing('sd3-no-t5')}+{tmp_path / 'model.safetensors'}")
+    message = refusal(f"{folder_of('sd3-no-t5')}+{tmp_path / 'model.safetensors'}")
+    assert "checkpoints of one file are read of StableDiffusionPipeline, StableDiffusionXLPipeline" in message
