@@ -58,7 +58,7 @@ def test_the_averaged_weights_are_exported(command, recipe: Path, tmp_path: Path
     exported = unet(run / "model")
     name = "conv_in.weight"
     averages = [checkpoint[key] for key in checkpoint if key.startswith("average.")]
-    assert any(each.shape == exported[name].shape and torch.equal(each, exported[name]) for each in averages)
+    assert any(each.shape == exported[name].shape and torch.equal(each.to(exported[name]), exported[name]) for each in averages)
     assert not torch.equal(checkpoint[f"policy.{name}"], exported[name])
 
 
