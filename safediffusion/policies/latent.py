@@ -206,13 +206,21 @@ def latent_shape(folder: Path, family: Family, vae: Any, image_size: int | None)
     """(C, h, w) of a latent for pictures of `image_size`, or of the model's own size. UserError for a size that does not fit or is not known."""
     channels, cell = family.channels[0], autoencoder.cell(vae)
     if image_size is not None:
-        if image_size % (cell * family.patch):
-            raise UserError(f"image_size = {image_size} is not a multiple of {cell * family.patch}, the pixels that {folder} takes together")
+        check_side(folder, family, vae, image_size, f"image_size = {image_size}")
         return channels, image_size // cell, image_size // cell
     if family.side is None:
         raise UserError(f"{folder / family.network} does not say the size of its images; set policy.image_size")
     height, width = (family.side, family.side) if isinstance(family.side, int) else family.side
     return channels, height, width
+
+
+def check_side(folder: Path, family: Family, vae: Any, side: int, called: str) -> None:
+    """UserError, which begins with what the side of a picture is `called`, where the model cannot paint one of so many pixels."""
+    cell = autoencoder.cell(vae)
+    if side % (cell * family.patch):
+        raise UserError(f"{called} is not a multiple of {cell * family.patch}, the pixels that {folder} takes together")
+    if family.largest is not None and side > cell * family.largest:
+        raise UserError(f"{called} is more than {cell * family.largest}, the largest side that {folder} has positions for")
 
 
 def _conditioner(family: Family, folder: Path, settings: PolicySettings, device: torch.device) -> Conditioner:
