@@ -42,6 +42,9 @@ def test_lora_is_loaded_by_diffusers(command, recipe: Path, tmp_path: Path) -> N
     assert command("train", recipe, "policy.train=lora", "optimizer.lr=0.01", "--out", run).code == 0
     assert command("export", run, "--lora", "--checkpoint", "last", "--to", tmp_path / "lora").code == 0
     assert command("export", run, "--checkpoint", "last", "--to", tmp_path / "whole").code == 0
+    command("export", run, "--lora", "--dtype", "bfloat16", "--to", tmp_path / "lora").refused("--dtype is of a whole model")
+    assert command("export", run, "--checkpoint", "last", "--dtype", "bfloat16", "--to", tmp_path / "half").code == 0
+    assert {weight.dtype for weight in unet(tmp_path / "half").values()} == {torch.bfloat16}
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED / "pipeline")
     pipeline.load_lora_weights(tmp_path / "lora")
     pipeline.fuse_lora()
