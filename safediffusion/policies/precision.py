@@ -21,7 +21,7 @@ def round_to(network: Any, files: list[Path], dtype: torch.dtype | None = None) 
 
     files: safetensors of the model that it was trained from. A weight that older files call by another name gets the precision of most.
     Returns how much of the change since then is lost: the norm of what rounding moves over the norm of what training moved. 0 where nothing
-    is lost. It can be all of it, for weights that were rounded before are in the middle of what is rounded to them; of a run of a few hundred
+    is lost. It can be all of it, for weights that were rounded before are in the middle of what is rounded to them; of a run of 24
     iterations on pictograms float16 took 0.1 % and bfloat16 2.5 %.
     """
     moved, lost = 0.0, 0.0
