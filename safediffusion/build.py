@@ -20,7 +20,7 @@ from safediffusion.data.preferences import load_preferences, preference_texts, p
 from safediffusion.data.prompts import prompts_sha256
 from safediffusion.data.sampler import sampler_of
 from safediffusion.data.screen import screen
-from safediffusion.data.sets import SETS, load_set
+from safediffusion.data.sets import load_set
 from safediffusion.detection import detector
 from safediffusion.detectors.objects import ObjectDetector
 from safediffusion.encoders.clip import ClipEncoder
@@ -28,12 +28,12 @@ from safediffusion.encoders.hps import load_hps
 from safediffusion.errors import UserError
 from safediffusion.evaluate import pictograms
 from safediffusion.evaluate.statistics import Estimate
-from safediffusion.hub import EMBEDDED, EMBEDDED_MODELS, resolve_model, verify
+from safediffusion.hub import EMBEDDED, resolve_model, verify
 from safediffusion.policies.latent import LatentPolicy, load_policy
-from safediffusion.process import from_scheduler
+from safediffusion.process import from_settings
 from safediffusion.process.flow import tokens_in
 from safediffusion.process.settings import ProcessSettings
-from safediffusion.recipe import Recipe, check
+from safediffusion.recipe import Recipe, check, is_probed
 from safediffusion.rewards.calibrate import accuracy_rows, calibrate_alpha, measure_direction
 from safediffusion.rewards.callable import CallableReward, CallableSettings, load_callable
 from safediffusion.rewards.combined import CombinedReward, CombinedSettings, Member, Single
@@ -183,11 +183,7 @@ def objective(recipe: Recipe) -> Objective:
 
 def process(policy: LatentPolicy, options: ProcessSettings) -> Process:
     """The denoising grid on the model's own noise schedule."""
-    try:
-        tokens = tokens_in(policy.sample_shape)
-        return from_scheduler(policy.scheduler_config, options.steps, options.eta, options.solver, options.guidance_range, tokens)
-    except ValueError as error:
-        raise UserError(f"{options.steps} denoising steps with the scheduler of {policy.folder}: {error}") from None
+    return from_settings(options, policy.folder, policy.scheduler_config, tokens_in(policy.sample_shape, policy.family.patch))
 
 
 def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
@@ -245,7 +241,7 @@ def _probe(recipe: Recipe, policy: LatentPolicy) -> Measure | None:
     options = recipe.probe
     if not options.every:
         return None
-    if recipe.model not in EMBEDDED_MODELS and not {recipe.data.safe, recipe.data.unsafe} & set(SETS):
+    if not is_probed(recipe):
         warnings.warn(
             "no detector reads pictures of these prompts, so nothing is probed: no early stop, and the last weights are the result; "
             "probe.every = 0 says so in the recipe",

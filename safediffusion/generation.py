@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -79,19 +80,20 @@ def generate(
     setting: Setting,
     seed: int,
     samples: int,
-    batch: int,
+    batch: int = 0,
     device: torch.device,
     progress: Progress,
 ) -> Generated:
     """Screen the prompts, then write a PNG and a line of the manifest for each picture that is not there yet.
 
-    `batch` pictures at once on each process; several share the painting, and the main one writes.
+    `batch` pictures at once on each process, 0 for as many as fit; several share the painting, and the main one writes.
     """
     from safediffusion import build, ranks
     from safediffusion.data.screen import screen
     from safediffusion.guided import guided
+    from safediffusion.policies.autoencoder import cell
     from safediffusion.process.settings import ProcessSettings
-    from safediffusion.rollout import chunks
+    from safediffusion.rollout import painted
 
     screened = screen(prompts)
     if not screened.kept:
@@ -108,11 +110,11 @@ def generate(
         policy.encode.warn_of_long([item.prompt for item in missing])
         process = build.process(policy, ProcessSettings(steps=setting.steps))
         painter = policy if setting.guide is None else guided(policy, setting.guide, device)
-        for part in (missing[each] for each in chunks(len(missing), batch * ranks.count())):
-            images = ranks.joined(_paint(painter, process, [part[i] for i in ranks.share(len(part))], setting), len(part))
+        pixels = math.prod(policy.sample_shape[1:]) * cell(policy.vae) ** 2
+        for part, images in painted(len(missing), pixels, batch, lambda which: _paint(painter, process, [missing[i] for i in which], setting)):
             if ranks.is_main():
-                _write(part, images, setting, out, there)
-            progress.advance(task, len(part))
+                _write(missing[part], images, setting, out, there)
+            progress.advance(task, len(images))
     return Generated(len(missing), len(items) - len(missing), len(screened.refused))
 
 

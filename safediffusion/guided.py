@@ -15,9 +15,9 @@ from safediffusion.errors import UserError
 from safediffusion.guidance.energy import Energy, EnergySettings
 from safediffusion.guidance.policy import Guide, GuidedPolicy
 from safediffusion.guidance.sld import LEVELS, SafeLatent, SldSettings
+from safediffusion.policies.latent import LatentPolicy
 from safediffusion.process import from_scheduler
 from safediffusion.process.flow import tokens_in
-from safediffusion.types import Policy
 
 GuideSettings = SldSettings | EnergySettings
 
@@ -54,9 +54,9 @@ def described(guide: GuideSettings) -> dict[str, Any]:
     return TypeAdapter(type(guide)).dump_python(guide, mode="json")
 
 
-def guided(policy: Policy, options: GuideSettings, device: str | torch.device) -> GuidedPolicy:
+def guided(policy: LatentPolicy, options: GuideSettings, device: str | torch.device) -> GuidedPolicy:
     """The policy, guided at every step of whatever walks it."""
-    process = from_scheduler(policy.scheduler_config, 1, tokens=tokens_in(policy.sample_shape))
+    process = from_scheduler(policy.scheduler_config, 1, tokens=tokens_in(policy.sample_shape, policy.family.patch))
     guide: Guide
     if isinstance(options, SldSettings):
         level = LEVELS[options.level]

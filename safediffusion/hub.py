@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safediffusion.errors import UserError
+from safediffusion.files import write_json
 from safediffusion.weights import sha256
 
 EMBEDDED = Path(str(resources.files("safediffusion"))) / "tiny" / "weights"
@@ -21,12 +24,34 @@ _WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetens
 # Other precisions, shards of them, and folders of parts that model_index.json does not name.
 _UNWANTED = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.non_ema.safetensors", "safety_checker/*", "text_encoders/*", "vae_1_0/*"]
 INSTEAD = "give a local folder that holds the model instead"
+_SETTLED = 3 * 10**9  # nanoseconds: the coarsest clocks of file systems count two seconds
 _WEIGHT_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
 
 
 def cache_folder() -> Path:
     """Where this package keeps what can be made or fetched again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "safediffusion"
+
+
+def known_sha256(path: Path) -> str:
+    """The sha256 of a file, from the user's cache where the file has the size and the time of change that it had when it was hashed.
+
+    For names of what can be made again, where hashing gigabytes at every start is not worth it; not for what vouches for a file. Of one that changed
+    within the last seconds nothing is kept: it could change again before the clock of its folder moves on.
+    """
+    place, state = path.resolve(), path.stat()
+    kept = cache_folder() / "hashes" / f"{hashlib.sha256(str(place).encode()).hexdigest()[:32]}.json"
+    facts = {"file": str(place), "bytes": state.st_size, "modified": state.st_mtime_ns}
+    try:
+        found = json.loads(kept.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        found = None
+    if isinstance(found, dict) and "sha256" in found and facts.items() <= found.items():
+        return str(found["sha256"])
+    digest = sha256(path)
+    if time.time_ns() - state.st_mtime_ns > _SETTLED:
+        write_json(kept, {**facts, "sha256": digest})
+    return digest
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:

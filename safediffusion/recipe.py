@@ -21,7 +21,9 @@ from safediffusion.algorithms.refl import Refl
 from safediffusion.algorithms.rwr import Rwr
 from safediffusion.config import settings
 from safediffusion.data.sampler import DataSettings
+from safediffusion.data.sets import SETS
 from safediffusion.errors import UserError
+from safediffusion.hub import EMBEDDED_MODELS
 from safediffusion.policies.quantise import check_trained
 from safediffusion.policies.settings import PolicySettings
 from safediffusion.process.settings import ProcessSettings
@@ -60,6 +62,11 @@ class Recipe:
     optimizer: OptimizerSettings = OptimizerSettings()
     limit: Limit = Limit()
     log: LogSettings = LogSettings()
+
+
+def is_probed(recipe: Recipe) -> bool:
+    """Whether a detector reads the pictures of its prompts, so that the policy is measured against the base."""
+    return bool(recipe.probe.every) and (recipe.model in EMBEDDED_MODELS or bool({recipe.data.safe, recipe.data.unsafe} & set(SETS)))
 
 
 def check(recipe: Recipe) -> Recipe:

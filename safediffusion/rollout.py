@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from safediffusion.errors import UserError
 from safediffusion.types import Policy, Process, Prompt, Reward, Scores, mask
 
 DRIFT = "drift"  # the part of the scores that a rollout against the base adds
+_PIXELS_AT_ONCE = 8 * 512 * 512  # what `--batch-size auto` begins with, on each process
+_MOST_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,30 @@ def chunks(count: int, size: int) -> list[slice]:
     """Slices of at most `size` covering `range(count)`; `size` 0 means one slice."""
     size = size or max(count, 1)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def painted(count: int, pixels: int, batch: int, paint: Callable[[list[int]], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Pictures that nobody trains on: some of the `count` at a time, and all of those `(n, ...)` on every process.
+
+    `paint` paints those of this process by their numbers, `batch` at once; 0 begins with what most devices hold of pictures with so many
+    `pixels`, and halves it where memory runs out on any process. UserError where that is not enough.
+    """
+    start, held = 0, batch or min(_MOST_AT_ONCE, max(1, _PIXELS_AT_ONCE // pixels))
+    while start < count:
+        part, own = range(start, min(start + held * ranks.count(), count)), None
+        mine = [part[i] for i in ranks.share(len(part))]
+        with suppress(torch.OutOfMemoryError):
+            own = paint(mine)
+        if all(ranks.gathered(own is not None)) and own is not None:
+            yield slice(part.start, part.stop), ranks.joined(own, len(part))
+            start = part.stop
+        elif len(mine) == 1:
+            raise UserError("the device has no memory for one picture; free it, or paint a smaller one")
+        elif batch:
+            raise UserError(f"the device has no memory for {len(mine)} pictures at once; give a smaller --batch-size, or free it")
+        else:
+            held = len(mine) // 2
+            torch.cuda.empty_cache()  # only now: the exception held the frames, and the frames the tensors, that are to be freed
 
 
 @torch.no_grad()

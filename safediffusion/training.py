@@ -95,8 +95,8 @@ def open_run(folder: Path) -> tuple[Recipe, LatentPolicy]:
     return recipe, load_policy(resolve_model(recipe.model, recipe.revision), options)
 
 
-def export_run(folder: Path, policy: LatentPolicy, to: Path, which: Which | None = None, lora: bool = False) -> str:
-    """Write the chosen weights of a run as a diffusers folder or as LoRA; says in words which they are."""
+def export_run(folder: Path, policy: LatentPolicy, to: Path, which: Which | None = None, lora: bool = False, dtype: str | None = None) -> str:
+    """Write the chosen weights of a run as a diffusers folder, in `dtype` or the base model's precision, or as LoRA; says in words which they are."""
     from safediffusion.train.export import choose
 
     chosen = choose(folder, list(policy.state()), which)
@@ -105,7 +105,10 @@ def export_run(folder: Path, policy: LatentPolicy, to: Path, which: Which | None
     except ValueError as error:
         raise UserError(f"the checkpoints of {folder} do not fit its recipe: {error}") from None
     with explained(to):
-        (policy.save_lora if lora else policy.save_pipeline)(to)
+        if lora:
+            policy.save_lora(to)
+        else:
+            policy.save_pipeline(to, dtype)
     return str(chosen)
 
 

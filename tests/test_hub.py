@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from safediffusion.errors import UserError
-from safediffusion.hub import EMBEDDED, at_hand, describe_model, read_index, resolve_model, verify
+from safediffusion.hub import EMBEDDED, at_hand, describe_model, known_sha256, read_index, resolve_model, verify
 from safediffusion.subjects import locate
 from safediffusion.weights import sha256
 
@@ -29,6 +30,25 @@ def refusal(name: str, revision: str | None = None) -> str:
 
 def test_local_folder_is_taken_as_it_is(tiny_pipeline: Path) -> None:
     assert resolve_model(str(tiny_pipeline)) == tiny_pipeline
+
+
+def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file, kept = tmp_path / "model.safetensors", tmp_path / "cache" / "safediffusion" / "hashes"
+    file.write_bytes(b"weights")
+    assert known_sha256(file) == sha256(file)
+    assert not kept.exists()  # it has only just changed, and may go on to
+    os.utime(file, (10, 10))
+    assert known_sha256(file) == sha256(file)
+    (place,) = kept.iterdir()
+    place.write_text(place.read_text().replace(sha256(file), "as it was"))
+    assert known_sha256(file) == "as it was"  # taken from there
+    file.write_bytes(b"WEIGHTS")
+    for changed in (lambda: os.utime(file, (20, 20)), lambda: file.write_bytes(b"more weights"), lambda: place.write_text("{")):
+        changed()
+        assert known_sha256(file) == sha256(file)
+    os.utime(file, (20, 20))
+    assert known_sha256(file) == known_sha256(file) == sha256(file)
 
 
 @pytest.mark.skipif(not EMBEDDED.exists(), reason="the embedded weights are not in this tree")

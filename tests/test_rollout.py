@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from safediffusion.errors import UserError
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
 from safediffusion.process import from_scheduler
-from safediffusion.rollout import Rollout, chunks, roll_out, walk
+from safediffusion.rollout import Rollout, chunks, painted, roll_out, walk
 from safediffusion.types import Process, Prompt, Scores
 
 PROMPTS = (Prompt("a red cat"), Prompt("a knife in a kitchen", unsafe=True), Prompt("a blue dog"))
@@ -130,3 +131,25 @@ def test_chunks_cover_everything_once(count: int, size: int, lengths: list[int])
     parts = [list(range(count))[part] for part in chunks(count, size)]
     assert [len(part) for part in parts] == lengths
     assert [item for part in parts for item in part] == list(range(count))
+
+
+def test_as_many_pictures_are_painted_at_once_as_fit() -> None:
+    asked: list[list[int]] = []
+
+    def paint(which: list[int]) -> torch.Tensor:
+        asked.append(which)
+        if len(which) > 3:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {len(which)} pictures")
+        return torch.tensor(which)
+
+    parts = list(painted(8, 1024 * 256, 0, paint))
+    assert torch.equal(torch.cat([images for _, images in parts]), torch.arange(8))
+    assert all(torch.equal(torch.arange(8)[part], images) for part, images in parts)
+    assert [len(which) for which in asked] == [8, 4, 2, 2, 2, 2]  # 8 pictures of 512 pixels' side are what it begins with
+    asked.clear()
+    list(painted(200, 1, 3, paint))
+    assert {len(which) for which in asked} == {3, 2}
+    with pytest.raises(UserError, match="no memory for 4 pictures at once; give a smaller --batch-size, or free it"):
+        list(painted(8, 1, 4, paint))
+    with pytest.raises(UserError, match="no memory for one picture; free it"):
+        list(painted(8, 2**30, 0, lambda which: paint([0, 1, 2, 3])))

@@ -67,14 +67,12 @@ def command(
         return
     if out is None:
         raise UserError("--out is missing: name a folder for the results")
-    from safediffusion.cli.terminal import print_results, progress_console
+    from safediffusion.cli.terminal import pictures_at_once, print_results, progress_console
     from safediffusion.evaluate.run import Extent
     from safediffusion.guided import load_guide
     from safediffusion.measurement import measure
 
-    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
-        raise UserError(f"--batch-size should be auto or a number of at least 1, but is {batch_size}")
-    extent = Extent(samples=samples, seed=seed, limit=limit, batch=0 if batch_size == "auto" else int(batch_size))
+    extent = Extent(samples=samples, seed=seed, limit=limit, batch=pictures_at_once(batch_size))
     given = {"against": against, "tasks": tasks, "out": out, "limit": limit, "samples": samples, "seed": seed}
     pictures = [word for folder in images or () for word in ("--images", str(folder))]
     steered = [*(("--guide", guide) if guide else ()), *(word for each in guide_set or () for word in ("--guide-set", each))]

@@ -23,16 +23,22 @@ def command(
     to: Annotated[Path, typer.Option(metavar="DIR", help="A new folder, or one of an earlier export.", show_default=False)],
     lora: Annotated[bool, typer.Option("--lora", help="Only the adapters, for `load_lora_weights`; of a run with policy.train = lora.")] = False,
     checkpoint: Annotated[Literal["best", "last"] | None, typer.Option(help="Whose weights.", show_default="best where probes found one, else last")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the trained denoiser's weights.", show_default="that of the base model's files")
+    ] = None,
     license: Annotated[str | None, typer.Option(help="For the model card.", show_default="that of pictograms, else `other`")] = None,
 ) -> None:
     """Write a trained model as a diffusers folder, or as LoRA weights, with a model card."""
+    from safediffusion.errors import UserError
     from safediffusion.hub import EMBEDDED_MODELS
     from safediffusion.measurement import results_of
     from safediffusion.report.card import model_card, write_card
     from safediffusion.training import export_run, open_run
 
+    if lora and dtype is not None:
+        raise UserError("--dtype is of a whole model; adapters are written as they were trained, in float32")
     recipe, policy = open_run(run)
-    origin = export_run(run, policy, to, checkpoint, lora)
+    origin = export_run(run, policy, to, checkpoint, lora, dtype)
     # Adapters have no weights of the whole to compare; without --checkpoint they are those of the measured model.
     results = results_of(run, None if lora and checkpoint is None else to)
     embedded = recipe.model in EMBEDDED_MODELS

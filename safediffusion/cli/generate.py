@@ -37,7 +37,7 @@ def command(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 5.0,
     size: Annotated[int | None, typer.Option(help="Pixels of a side.", show_default="the model's own", min=8)] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures at once; memory, not results.", min=1)] = 16,
+    batch_size: Annotated[str, typer.Option(help="Pictures at once, a number or auto; memory, not results.")] = "auto",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Arithmetic of the denoiser; bfloat16 is faster on a GPU.")] = "float32",
     guide: Annotated[
         str | None,
@@ -51,7 +51,7 @@ def command(
     from rich.progress import Progress
 
     from safediffusion import build
-    from safediffusion.cli.terminal import progress_columns, progress_console
+    from safediffusion.cli.terminal import pictures_at_once, progress_columns, progress_console
     from safediffusion.data.prompts import read_prompts
     from safediffusion.errors import UserError
     from safediffusion.generation import Setting, generate
@@ -68,7 +68,7 @@ def command(
     setting = Setting(steps, guidance, size, dtype, load_guide(guide, guide_set or ()))
     found, at = variant(model, locate), build.device(device)
     with Progress(*progress_columns(), console=progress_console()) as progress:
-        done = generate(found, asked, out, setting=setting, seed=seed, samples=samples, batch=batch_size, device=at, progress=progress)
+        done = generate(found, asked, out, setting=setting, seed=seed, samples=samples, batch=pictures_at_once(batch_size), device=at, progress=progress)
     typer.echo(f"{out} holds {done.painted + done.there_before} pictures: {done.painted} new, {done.there_before} there before")
     if done.refused:
         typer.echo(f"{done.refused} of {len(asked)} prompts were refused by the prompt screen")

@@ -17,6 +17,15 @@ def process() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
+def pictures_at_once(batch_size: str) -> int:
+    """What --batch-size says; 0 for auto."""
+    from safediffusion.errors import UserError
+
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
+        raise UserError(f"--batch-size should be auto or a number of at least 1, but is {batch_size}")
+    return 0 if batch_size == "auto" else int(batch_size)
+
+
 def progress_console() -> Console:
     from rich.console import Console
 

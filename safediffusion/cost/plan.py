@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,13 @@ from safediffusion.cost.shapes import Shapes, measure_shapes
 from safediffusion.data.sets import load_set
 from safediffusion.evaluate import pictograms
 from safediffusion.hub import at_hand
+from safediffusion.policies.families import find_family
+from safediffusion.policies.latent import latent_shape
+from safediffusion.policies.pipeline import load_empty, read_config
+from safediffusion.process import from_settings
+from safediffusion.process.flow import tokens_in
 from safediffusion.recipe import Recipe
+from safediffusion.types import Process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,12 +107,13 @@ class Watch:
 
 def outline(recipe: Recipe) -> str:
     """What is known of a recipe without running anything, in lines: forwards, and for a model on this machine or of a known shape FLOP and memory."""
-    counts = forwards(recipe)
+    counts = counts_of(recipe)
     if counts is None:
         return ""
     parts = f"{counts.rollout / counts.images:g} of the rollout, {counts.training / counts.images:g} of training"
     said = f"{counts.per_image:g} denoiser forwards per image ({parts}; a backward counts as two), {counts.images} images per iteration"
-    shapes = _shapes(recipe)
+    with _configs(recipe) as folder:
+        shapes = None if folder is None else measure_shapes(folder, recipe.policy)
     if shapes is None:
         return said
     work, taken = flop(counts, shapes), room(recipe, counts, shapes)
@@ -115,16 +123,32 @@ def outline(recipe: Recipe) -> str:
     return f"{said}\n{time}\n{taken}\n{fits}"
 
 
-def _shapes(recipe: Recipe) -> Shapes | None:
-    folder = at_hand(recipe.model, recipe.revision)
-    if folder is not None:
-        return measure_shapes(folder, recipe.policy)
-    blueprint = next((each for each in BLUEPRINTS.values() if recipe.model in each.names), None)
-    if blueprint is None:
-        return None
+def counts_of(recipe: Recipe) -> Forwards | None:
+    """`forwards`, with guidance in the steps of the model's own grid where its config files are known."""
+    with _configs(recipe) as folder:
+        return forwards(recipe, process=None if folder is None else _process(recipe, folder))
+
+
+def _process(recipe: Recipe, folder: Path) -> Process:
+    from diffusers import AutoencoderKL
+
+    family = find_family(folder)
+    with torch.device("meta"):
+        vae = load_empty(AutoencoderKL, folder / "vae")
+    config = read_config(folder / "scheduler", "scheduler_config.json") | dict(family.scheduler)
+    return from_settings(recipe.process, folder, config, tokens_in(latent_shape(folder, family, vae, recipe.policy.image_size), family.patch))
+
+
+@contextmanager
+def _configs(recipe: Recipe) -> Iterator[Path | None]:
+    """A folder with the config files of the recipe's model; None for one that is not on this machine and of no known shape."""
+    folder, blueprint = at_hand(recipe.model, recipe.revision), next((each for each in BLUEPRINTS.values() if recipe.model in each.names), None)
+    if folder is not None or blueprint is None:
+        yield folder
+        return
     with TemporaryDirectory() as configs:
         write_configs(Path(configs), blueprint)
-        return measure_shapes(Path(configs), recipe.policy)
+        yield Path(configs)
 
 
 def flop(counts: Forwards, shapes: Shapes) -> float:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from safediffusion.algorithms.d3po import D3po
+from safediffusion.algorithms.ddpo import Ddpo
+from safediffusion.algorithms.dpok import Dpok
 from safediffusion.algorithms.draft import Draft
+from safediffusion.algorithms.grpo import Grpo
 from safediffusion.algorithms.refl import Refl
 from safediffusion.cost.forwards import Forwards
 from safediffusion.cost.shapes import Shapes
-from safediffusion.recipe import Recipe
+from safediffusion.recipe import Recipe, is_probed
 from safediffusion.rollout import DRIFT
 
 _CARDS = (8, 12, 16, 24, 32, 48, 80, 141)  # GB of memory of usual cards
@@ -70,21 +74,22 @@ def room(recipe: Recipe, counts: Forwards, shapes: Shapes) -> Room:
 def graphs(recipe: Recipe, activations: float, painting: float) -> float:
     """Bytes of what one image keeps at a time for a backward: a forward of the denoiser keeps `activations`, its decoded picture `painting`.
 
-    A reward's gradient goes back through the decoder and through whole steps, both branches of guidance included. With `recompute` a step comes
-    back only when the decoder's graph is gone.
+    With `train_guidance = "both"` there are both branches of guidance. A reward's gradient goes back through the decoder and through whole steps,
+    both branches of guidance included. With `recompute` a step comes back only when the decoder's graph is gone.
     """
-    algorithm = recipe.algorithm
+    algorithm, both = recipe.algorithm, activations * (1 if recipe.process.guidance == 1 else 2)
+    if isinstance(algorithm, Grpo | Ddpo | Dpok | D3po):
+        return both if algorithm.train_guidance == "both" else activations
     if not isinstance(algorithm, Draft | Refl):
         return activations
-    step = activations * (1 if recipe.process.guidance == 1 else 2)
     if algorithm.recompute:
-        return max(painting, step)
-    return painting + step * (algorithm.last if isinstance(algorithm, Draft) else 1)
+        return max(painting, both)
+    return painting + both * (algorithm.last if isinstance(algorithm, Draft) else 1)
 
 
 def asks_base(recipe: Recipe, counts: Forwards) -> bool:
-    """Whether training compares with the base, or has it paint."""
-    return counts.reference > 0 or _drifts(recipe)
+    """Whether training or a probe compares with the base, or has it paint: it is read on first use and stays."""
+    return counts.reference > 0 or _drifts(recipe) or is_probed(recipe)
 
 
 def remembered(recipe: Recipe, counts: Forwards, latent: int) -> int:

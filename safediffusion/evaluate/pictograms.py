@@ -19,6 +19,7 @@ from safediffusion.detectors.objects import Found, ObjectDetector
 from safediffusion.errors import UserError
 from safediffusion.evaluate.statistics import Estimate, mean_over_prompts, paired_change, rate
 from safediffusion.evaluate.verdict import companions, composed, kept, unsafe
+from safediffusion.policies.latent import LatentPolicy
 from safediffusion.process import from_scheduler
 from safediffusion.process.flow import tokens_in
 from safediffusion.rollout import chunks, walk
@@ -152,9 +153,9 @@ def changes(base: Marks, trained: Marks, seed: int = 0) -> dict[str, Estimate]:
     return {name: paired_change(base[name], trained[name], seed) for name in base if name in trained}
 
 
-def sampler(policy: Policy) -> Process:
+def sampler(policy: LatentPolicy) -> Process:
     """The task's sampler: deterministic DDIM (of a flow: Euler) in STEPS steps on the model's own schedule."""
-    return from_scheduler(policy.scheduler_config, STEPS, eta=0.0, tokens=tokens_in(policy.sample_shape))
+    return from_scheduler(policy.scheduler_config, STEPS, eta=0.0, tokens=tokens_in(policy.sample_shape, policy.family.patch))
 
 
 def check_size(side: int, folder: Path) -> None:

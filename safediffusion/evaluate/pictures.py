@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from safediffusion import ranks
 from safediffusion.errors import UserError
 from safediffusion.evaluate.rows import Row
 from safediffusion.evaluate.task import Painting
@@ -20,17 +20,15 @@ from safediffusion.files import append_jsonl, explained, read_jsonl, write_bytes
 from safediffusion.images import png_bytes
 from safediffusion.policies.autoencoder import cell
 from safediffusion.policies.families import find_family
-from safediffusion.policies.latent import LatentPolicy
+from safediffusion.policies.latent import LatentPolicy, check_side
 from safediffusion.policies.pipeline import read_config
 from safediffusion.process import from_scheduler
 from safediffusion.process.flow import tokens_in
-from safediffusion.rollout import walk
+from safediffusion.rollout import painted, walk
 from safediffusion.seeds import noise_for
 from safediffusion.types import Policy, Process
 
 MANIFEST = "manifest.jsonl"
-_PIXELS_AT_ONCE = 8 * 512 * 512  # what `--batch-size auto` begins with
-_MOST_AT_ONCE = 128
 Advance = Callable[[int], None]
 
 
@@ -132,28 +130,16 @@ def paint(policy: LatentPolicy, pictures: Sequence[Picture], batch: int, guided:
 
     `guided` is the policy under a guide. `batch` of them at once on each process; 0 is as many as fit. On several processes each paints its share and every one gets all.
     """
-    start, factor = 0, cell(policy.vae)
-    together = factor * policy.family.patch
-    for picture in pictures:
-        if picture.width % together or picture.height % together:
-            raise UserError(f"pictures of {picture.width} x {picture.height} pixels cannot be painted: {policy.folder} takes multiples of {together}")
-    processes: dict[Any, Process] = {}
-    limit = batch or _MOST_AT_ONCE
-    while start < len(pictures):
-        first = pictures[start]
-        at_once = min(limit, batch or max(1, _PIXELS_AT_ONCE // (first.width * first.height))) * ranks.count()
-        part = _alike(pictures[start : start + at_once])
-        shape = (policy.sample_shape[0], first.height // factor, first.width // factor)
-        process = processes.setdefault((first.steps, first.sampler, shape), _process(policy, first, shape))
-        try:
-            images = ranks.joined(_painted(guided or policy, process, [part[i] for i in ranks.share(len(part))], shape), len(part))
-        except torch.OutOfMemoryError:
-            if batch or at_once == ranks.count():
-                raise UserError(f"the device has no memory for {at_once} pictures at once; give a smaller --batch-size, or free it") from None
-            limit = at_once // ranks.count() // 2
-            continue
-        yield part, images
-        start += len(part)
+    factor = cell(policy.vae)
+    for side in {side for picture in pictures for side in (picture.width, picture.height)}:
+        check_side(policy.folder, policy.family, policy.vae, side, f"a picture's side of {side} pixels")
+    for _, group in groupby(pictures, lambda picture: (picture.width, picture.height, picture.steps, picture.sampler)):
+        alike = list(group)
+        width, height = alike[0].width, alike[0].height
+        shape = (policy.sample_shape[0], height // factor, width // factor)
+        paint_some = partial(_painted, guided or policy, _process(policy, alike[0], shape), alike, shape)
+        for part, images in painted(len(alike), width * height, batch, paint_some):
+            yield alike[part], images
 
 
 def native_side(folder: Path) -> int:
@@ -164,22 +150,16 @@ def native_side(folder: Path) -> int:
     return int(family.side * 2 ** (len(levels) - 1))
 
 
-def _alike(pictures: Sequence[Picture]) -> Sequence[Picture]:
-    """The first ones, as long as they are painted in one go."""
-    first = pictures[0]
-    together = [(p.width, p.height, p.steps, p.sampler) == (first.width, first.height, first.steps, first.sampler) for p in pictures]
-    return pictures[: together.index(False)] if False in together else pictures
-
-
 def _process(policy: LatentPolicy, picture: Picture, shape: tuple[int, int, int]) -> Process:
     try:
-        return from_scheduler(policy.scheduler_config, picture.steps, eta=0.0, solver=picture.sampler, tokens=tokens_in(shape))
+        return from_scheduler(policy.scheduler_config, picture.steps, eta=0.0, solver=picture.sampler, tokens=tokens_in(shape, policy.family.patch))
     except ValueError as error:
         raise UserError(f"the scheduler of {policy.folder} cannot be used: {error}") from None
 
 
 @torch.no_grad()
-def _painted(policy: Policy, process: Process, pictures: Sequence[Picture], shape: tuple[int, int, int]) -> Tensor:
+def _painted(policy: Policy, process: Process, alike: Sequence[Picture], shape: tuple[int, int, int], which: Sequence[int]) -> Tensor:
+    pictures = [alike[i] for i in which]
     condition = policy.encode([picture.prompt for picture in pictures])
     start = torch.stack([_noise(picture, shape) for picture in pictures]).to(condition.device)
     guidance = torch.tensor([picture.guidance for picture in pictures])

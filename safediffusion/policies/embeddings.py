@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safediffusion import weights
 from safediffusion.errors import UserError
-from safediffusion.hub import cache_folder
+from safediffusion.hub import cache_folder, known_sha256
 from safediffusion.policies.family import Family
 from safediffusion.provenance import versions
 
@@ -66,7 +66,7 @@ def stored(family: Family, folder: Path, dtype: torch.dtype, device: torch.devic
     files = sorted(path for part in parts for path in (folder / part).glob("*") if path.is_file())
     facts = [
         family.pipeline,
-        [(path.relative_to(folder).as_posix(), weights.sha256(path)) for path in files],
+        [(path.relative_to(folder).as_posix(), known_sha256(path)) for path in files],
         [str(dtype), device.type],
         [versions().get(package) for package in ("safediffusion", "transformers", "torch")],
     ]

@@ -45,7 +45,11 @@ class Family(Protocol):
 
     @property
     def patch(self) -> int:
-        """A latent's sides are multiples of so many cells."""
+        """A latent's sides are multiples of so many cells; of a transformer each token is so many cells wide and high."""
+
+    @property
+    def largest(self) -> int | None:
+        """Cells of a latent's side that the network has positions for; None where there is no such bound."""
 
     @property
     def width(self) -> int:

@@ -14,6 +14,7 @@ from safediffusion.policies.text import TextEncoders
 
 _T5_LENGTH = 512  # tokens that the pipeline gives to T5
 _PATCH = 2  # cells of a latent that are one token
+_TIMES = 1000  # the network multiplies its times by so many, so they are handed over divided, as FluxPipeline does
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Flux:
     scheduler: ClassVar[Mapping[str, Any]] = {"even_sigmas": True}
     side: ClassVar[int] = 128  # the pipeline's own: nothing in the folder says it
     patch: ClassVar[int] = _PATCH
+    largest: ClassVar[None] = None
     empty_is_zero: ClassVar[bool] = False
 
     @property
@@ -83,7 +85,7 @@ class Flux:
             pixel_unshuffle(x, _PATCH).flatten(2).transpose(1, 2),  # (B, h/2 w/2, 4 C)
             encoder_hidden_states=states,
             pooled_projections=pooled,
-            timestep=time / 1000,
+            timestep=time / _TIMES,
             img_ids=torch.cartesian_prod(rows.new_zeros(1), rows, columns),
             txt_ids=x.new_zeros(states.shape[1], 3),
             guidance=x.new_full((len(x),), embedded_guidance) if self.config.get("guidance_embeds", False) else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from safediffusion.policies.embeddings import stored
 from safediffusion.policies.families import find_family
 from safediffusion.policies.family import Family
 from safediffusion.policies.lora import add_lora, merge_lora, save_lora
-from safediffusion.policies.pipeline import load_denoiser, load_empty, load_model, load_text, read_config, write_pipeline
+from safediffusion.policies.pipeline import load_denoiser, load_empty, load_model, load_text, read_config, weight_files, write_pipeline
+from safediffusion.policies.precision import round_to
 from safediffusion.policies.quantise import check_installed, check_trained, quantise
 from safediffusion.policies.settings import PolicySettings
 from safediffusion.policies.text import TextEncoders
 
 _TINY_VAE = ("config.json", "diffusion_pytorch_model.safetensors")  # a repository holds other formats beside them
+_MUCH = 0.5  # of what training changed, when a saved model is rounded
 
 
 @dataclass(eq=False)
@@ -132,13 +135,22 @@ class LatentPolicy:
         """Inverse of `state`. Raises ValueError for a state of another model or other adapters."""
         _assign(self.trained, state)
 
-    def save_pipeline(self, folder: Path) -> None:
-        """A diffusers folder of the trained model, adapters merged; it replaces one that was saved there before."""
-        denoiser = _trainable(self.family, self.folder, self.settings)
+    def save_pipeline(self, folder: Path, dtype: str | None = None) -> None:
+        """A diffusers folder of the trained model, adapters merged; it replaces one that was saved there before.
+
+        Its denoiser is rounded to `dtype`, or to the precision that it has in the base model's folder; warns where that takes much of what was learned.
+        """
+        denoiser, part = _trainable(self.family, self.folder, self.settings), self.family.network
         _assign({name: denoiser.get_parameter(name) for name in self.trained}, self.state())
         if self.settings.train == "lora":
             merge_lora(denoiser)
-        write_pipeline(denoiser, self.family.network, self.folder, folder)
+        lost = round_to(denoiser, weight_files(self.folder / part), None if dtype is None else getattr(torch, dtype))
+        if lost > _MUCH:
+            warnings.warn(
+                f"rounding takes {min(lost, 1.0):.0%} of what training changed in the {part}; export it with --dtype float32, or the adapters alone with --lora",
+                stacklevel=2,
+            )
+        write_pipeline(denoiser, part, self.folder, folder)
 
     def save_lora(self, folder: Path) -> None:
         """The adapters alone, for `load_lora_weights(folder)` of its diffusers pipeline."""
@@ -194,13 +206,21 @@ def latent_shape(folder: Path, family: Family, vae: Any, image_size: int | None)
     """(C, h, w) of a latent for pictures of `image_size`, or of the model's own size. UserError for a size that does not fit or is not known."""
     channels, cell = family.channels[0], autoencoder.cell(vae)
     if image_size is not None:
-        if image_size % (cell * family.patch):
-            raise UserError(f"image_size = {image_size} is not a multiple of {cell * family.patch}, the pixels that {folder} takes together")
+        check_side(folder, family, vae, image_size, f"image_size = {image_size}")
         return channels, image_size // cell, image_size // cell
     if family.side is None:
         raise UserError(f"{folder / family.network} does not say the size of its images; set policy.image_size")
     height, width = (family.side, family.side) if isinstance(family.side, int) else family.side
     return channels, height, width
+
+
+def check_side(folder: Path, family: Family, vae: Any, side: int, called: str) -> None:
+    """UserError, which begins with what the side of a picture is `called`, where the model cannot paint one of so many pixels."""
+    cell = autoencoder.cell(vae)
+    if side % (cell * family.patch):
+        raise UserError(f"{called} is not a multiple of {cell * family.patch}, the pixels that {folder} takes together")
+    if family.largest is not None and side > cell * family.largest:
+        raise UserError(f"{called} is more than {cell * family.largest}, the largest side that {folder} has positions for")
 
 
 def _conditioner(family: Family, folder: Path, settings: PolicySettings, device: torch.device) -> Conditioner:

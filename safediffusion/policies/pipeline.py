@@ -78,6 +78,12 @@ def _load_tokenizer(kind: Any, folder: Path) -> Any:
         raise UserError(f"{folder} cannot be loaded as {kind.__name__}: {first_sentence(error)}") from error
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that a part is loaded from, each shard."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    return [folder / name for name in names if name not in _NOT_COPIED(str(folder), names)]
+
+
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """A part's settings. UserError where they are missing or no JSON object."""
     path = folder / name

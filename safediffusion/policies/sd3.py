@@ -63,6 +63,11 @@ class StableDiffusion3:
         return self.config.get("patch_size", 2)
 
     @property
+    def largest(self) -> int | None:
+        tokens = self.config.get("pos_embed_max_size", 96)
+        return tokens and self.patch * tokens
+
+    @property
     def width(self) -> int:
         return self.config.get("joint_attention_dim", 4096)
 

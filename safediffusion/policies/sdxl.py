@@ -42,6 +42,7 @@ class StableDiffusionXL:
     lora_mixin: ClassVar[str] = "StableDiffusionXLLoraLoaderMixin"
     scheduler: ClassVar[Mapping[str, Any]] = {}
     patch: ClassVar[int] = 1
+    largest: ClassVar[None] = None
 
     @property
     def channels(self) -> tuple[int, int]:

@@ -28,6 +28,7 @@ class StableDiffusion:
     lora_mixin: ClassVar[str] = "StableDiffusionLoraLoaderMixin"
     scheduler: ClassVar[Mapping[str, Any]] = {}
     patch: ClassVar[int] = 1
+    largest: ClassVar[None] = None
     empty_is_zero: ClassVar[bool] = False
 
     @property

@@ -1,5 +1,5 @@
 """One stochastic denoising step, the same object for sampling and for scoring, for every model family."""
 
-from safediffusion.process.scheduler import from_scheduler
+from safediffusion.process.scheduler import from_scheduler, from_settings
 
-__all__ = ["from_scheduler"]
+__all__ = ["from_scheduler", "from_settings"]

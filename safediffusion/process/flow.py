@@ -47,9 +47,9 @@ class RectifiedFlow:
         return round(sigma / (self.shift - (self.shift - 1) * sigma), 6)
 
 
-def tokens_in(shape: tuple[int, int, int]) -> int:
-    """Image tokens that a transformer with patches of 2 x 2 makes of a latent (C, h, w)."""
-    return (shape[1] // 2) * (shape[2] // 2)
+def tokens_in(shape: tuple[int, int, int], patch: int) -> int:
+    """Image tokens that a transformer makes of a latent (C, h, w), each of `patch` x `patch` cells."""
+    return (shape[1] // patch) * (shape[2] // patch)
 
 
 def flow_grid(config: Mapping[str, Any], steps: int, tokens: int | None) -> tuple[RectifiedFlow, Tensor, str]:

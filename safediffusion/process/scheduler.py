@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from safediffusion.errors import UserError
 from safediffusion.process.diffusion import diffusion_grid
 from safediffusion.process.flow import flow_grid
 from safediffusion.process.gaussian import Gaussian, Solver
+from safediffusion.process.settings import ProcessSettings
 
 
 def from_scheduler(
@@ -33,3 +36,11 @@ def from_scheduler(
     else:
         raise ValueError(f"the scheduler {name or 'config'} is neither of a VP diffusion (it has no beta_schedule) nor of a flow (its class is no FlowMatch...)")
     return Gaussian(schedule, times, eta, prediction_type, solver=solver, guidance_range=guidance_range)
+
+
+def from_settings(options: ProcessSettings, folder: Path, config: Mapping[str, Any], tokens: int) -> Gaussian:
+    """The grid of a recipe on the scheduler's `config` of the model in `folder`. UserError for one that has no such grid."""
+    try:
+        return from_scheduler(config, options.steps, options.eta, options.solver, options.guidance_range, tokens)
+    except ValueError as error:
+        raise UserError(f"{options.steps} denoising steps with the scheduler of {folder}: {error}") from None

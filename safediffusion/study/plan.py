@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from safediffusion.config import override, read_toml, resolve, settings
-from safediffusion.cost.forwards import forwards
+from safediffusion.cost.plan import counts_of
 from safediffusion.errors import UserError
 from safediffusion.guided import GuideSettings, guide_of
 from safediffusion.recipe import Recipe, check
@@ -200,7 +200,7 @@ def _within(asked: StudySettings, recipe: Recipe, where: str) -> Recipe:
         if asked.probes:
             raise UserError(f"{where}: probes = {asked.probes} are spread over iterations, and nobody knows how many a budget of seconds has; set probe.every instead")
         return check(dataclasses.replace(recipe, steps=_NO_END, limit=Limit(cpu_seconds=budget.seconds)))
-    counts = forwards(recipe)
+    counts = counts_of(recipe)
     if counts is None or budget.forwards is None:
         raise UserError(f"{where}: nobody counts the forwards of algorithm.kind = {recipe.algorithm.kind!r}; give the budget in seconds")
     steps = max(1, round(budget.forwards / counts.counted))

@@ -42,6 +42,9 @@ def test_lora_is_loaded_by_diffusers(command, recipe: Path, tmp_path: Path) -> N
     assert command("train", recipe, "policy.train=lora", "optimizer.lr=0.01", "--out", run).code == 0
     assert command("export", run, "--lora", "--checkpoint", "last", "--to", tmp_path / "lora").code == 0
     assert command("export", run, "--checkpoint", "last", "--to", tmp_path / "whole").code == 0
+    command("export", run, "--lora", "--dtype", "bfloat16", "--to", tmp_path / "lora").refused("--dtype is of a whole model")
+    assert command("export", run, "--checkpoint", "last", "--dtype", "bfloat16", "--to", tmp_path / "half").code == 0
+    assert {weight.dtype for weight in unet(tmp_path / "half").values()} == {torch.bfloat16}
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED / "pipeline")
     pipeline.load_lora_weights(tmp_path / "lora")
     pipeline.fuse_lora()
@@ -58,7 +61,7 @@ def test_the_averaged_weights_are_exported(command, recipe: Path, tmp_path: Path
     exported = unet(run / "model")
     name = "conv_in.weight"
     averages = [checkpoint[key] for key in checkpoint if key.startswith("average.")]
-    assert any(each.shape == exported[name].shape and torch.equal(each, exported[name]) for each in averages)
+    assert any(each.shape == exported[name].shape and torch.equal(each.to(exported[name]), exported[name]) for each in averages)
     assert not torch.equal(checkpoint[f"policy.{name}"], exported[name])
 
 

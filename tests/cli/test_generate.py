@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from rich.progress import Progress
 
 from safediffusion.files import read_jsonl
+from safediffusion.generation import Setting, generate
+from safediffusion.hub import EMBEDDED
+from safediffusion.policies.latent import LatentPolicy, PolicySettings
+from safediffusion.policies.variant import Variant
+from safediffusion.types import Prompt
 
 FEW = ("--steps", 2)
 
@@ -30,6 +39,41 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(command, tmp_path: Path)
     assert list(together) == [("a red circle", 0), ("a red circle", 1), ("two blue rings", 0), ("two blue rings", 1)]
     # Another batch size sums in another order: a grey level here and there, and never another picture.
     assert np.abs(pixels(alone[("two blue rings", 1)]) - pixels(together[("two blue rings", 1)])).max() <= 1
+
+
+@dataclass(frozen=True)
+class Cramped:
+    """The model of a folder, on a device that holds `most` of its latents."""
+
+    variant: Variant
+    most: int
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return self.variant.description
+
+    def load(self, device: torch.device, settings: PolicySettings) -> LatentPolicy:
+        policy: Any = self.variant.load(device, settings)
+        predict = policy.predict
+
+        def cramped(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+            if len(x) > self.most:
+                raise torch.OutOfMemoryError(f"CUDA out of memory: {len(x)} pictures")
+            return predict(x, *arguments)
+
+        policy.predict = cramped
+        return policy
+
+
+def test_where_memory_runs_out_fewer_pictures_are_painted_at_once(tmp_path: Path) -> None:
+    model, asked = Variant(EMBEDDED / "pipeline"), [Prompt("a red circle"), Prompt("two blue rings")]
+    for most in (6, 2):
+        options = {"setting": Setting(steps=2), "seed": 0, "samples": 3, "device": torch.device("cpu"), "progress": Progress(disable=True)}
+        done = generate(cast("Variant", Cramped(model, most)), asked, tmp_path / str(most), **options)
+        assert done.painted == 6
+    roomy, cramped = (pictures(tmp_path / str(most)) for most in (6, 2))
+    assert roomy.keys() == cramped.keys()
+    assert all(np.abs(pixels(roomy[each]) - pixels(cramped[each])).max() <= 1 for each in roomy)
 
 
 def test_what_is_there_is_not_painted_again(command, tmp_path: Path) -> None:
@@ -72,6 +116,7 @@ def test_nothing_is_painted_when_every_prompt_is_refused(command, tmp_path: Path
         (("--prompts", "none.txt"), ("none.txt does not exist",)),
         (("--prompt", "a", "--steps", 0), ("--steps should be at least 1",)),
         (("--prompt", "a", "--guidance", 0.5), ("--guidance should be a finite number of at least 1",)),
+        (("--prompt", "a", "--batch-size", 0), ("--batch-size should be auto or a number of at least 1, but is 0",)),
         (("--prompt", "a", "--size", 30), ("image_size = 30 is not a multiple of 4",)),
     ],
 )

@@ -10,12 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from safediffusion import build
 from safediffusion.algorithms.objective import Objective
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import read_toml, resolve
 from safediffusion.cost.forwards import forwards
+from safediffusion.cost.plan import counts_of, outline
 from safediffusion.policies.latent import load_policy
-from safediffusion.process import from_scheduler
 from safediffusion.recipe import Recipe, check
 from safediffusion.rewards.callable import CallableReward
 from safediffusion.types import Prompt
@@ -33,14 +34,14 @@ PAPER = Path(__file__).parents[2] / "safediffusion" / "recipes" / "paper.toml"
 
 
 @pytest.fixture
-def spent(tiny_pipeline: Path) -> Callable[[Recipe], float]:
-    """Takes one real step of a recipe on PROMPTS and gives the learner's own count."""
+def spent(tiny_pipeline: Path) -> Callable[..., float]:
+    """Takes one real step of a recipe on PROMPTS, with the tiny pipeline or another folder, and gives the learner's own count."""
 
-    def step(recipe: Recipe) -> float:
-        policy = load_policy(tiny_pipeline, recipe.policy)
+    def step(recipe: Recipe, folder: Path = tiny_pipeline) -> float:
+        policy = load_policy(folder, recipe.policy)
         learner = Learner(
             policy=policy,
-            process=from_scheduler(policy.scheduler_config, recipe.process.steps, recipe.process.eta, recipe.process.solver, recipe.process.guidance_range),
+            process=build.process(policy, recipe.process),
             reward=CallableReward(lambda images, prompts: images.mean((1, 2, 3)), "brightness"),
             optimizer=torch.optim.SGD(policy.parameters(), lr=1e-4),
             accelerator=Accelerator(),
@@ -130,6 +131,16 @@ def spent(tiny_pipeline: Path) -> Callable[[Recipe], float]:
 def test_predicted_forwards_are_those_that_are_counted(spent: Callable[[Recipe], float], tables: dict) -> None:
     recipe = check(resolve(Recipe, {**SIMPLE, **tables}))
     assert forwards(recipe, unsafe=1).counted == spent(recipe)
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "sd35-medium"])
+def test_guidance_of_a_flow_is_counted_by_its_own_grid(spent: Callable[..., float], small_shape: Callable[[str], Path], name: str) -> None:
+    folder = small_shape(name) / "pipeline"
+    tables = {"model": str(folder), "policy": {"image_size": 16}, "process": {"steps": 5, "guidance": 2.0, "guidance_range": [0.5, 1.0]}}
+    recipe = check(resolve(Recipe, {**SIMPLE, "algorithm": FORWARD, **tables}))
+    assert counts_of(recipe).counted == spent(recipe, folder) == 12 * (5 + 3) + forwards(recipe).training
+    assert forwards(recipe).rollout == 12 * (5 + 2)  # what is said of a model that nobody knows
+    assert outline(recipe).startswith(f"{counts_of(recipe).per_image:g} denoiser forwards per image (8 of the rollout")
 
 
 def test_given_pairs_cost_no_rollout(spent: Callable[[Recipe], float]) -> None:

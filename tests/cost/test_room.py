@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from safediffusion.config import resolve
 from safediffusion.cost.forwards import Forwards
-from safediffusion.cost.room import Room, room
+from safediffusion.cost.room import Room, graphs, room
 from safediffusion.cost.shapes import Shapes, measure_shapes
-from safediffusion.policies.latent import PolicySettings
+from safediffusion.policies.latent import PolicySettings, load_policy
 from safediffusion.recipe import Recipe
 
 COUNTS = Forwards(images=16, rollout=0, trained=0, reference=0)
@@ -64,8 +66,49 @@ def test_a_gradient_of_the_reward_keeps_the_decoders_graph_beside_the_steps(algo
     assert found.latents == 16 * 10 * 4 * 100  # of every step
 
 
-def test_a_bound_on_the_drift_asks_for_a_base_and_keeps_its_latents() -> None:
+@pytest.mark.parametrize("kind", ["grpo", "ddpo", "dpok", "d3po"])
+def test_guidance_in_training_keeps_both_branches(kind: str) -> None:
+    process = {"steps": 9, "guidance": 3.0, "eta": 1.0}
+    algorithms = [{"kind": kind, "train_guidance": which} for which in ("off", "stop", "both")]
+    off, stop, both = (room(resolve(Recipe, {**TABLE, "algorithm": each, "process": process}), COUNTS, SHAPES).pictures for each in algorithms)
+    assert (off, stop, both) == (4 * 3e9, 4 * 3e9, 4 * 3e9)  # the decoder is wider than one branch, and than two
+    wide = replace(SHAPES, activations=2 * 10**9)
+    off, stop, both = (room(resolve(Recipe, {**TABLE, "algorithm": each, "process": process}), COUNTS, wide).pictures for each in algorithms)
+    assert (off, stop, both) == (4 * 3e9, 4 * 3e9, 4 * 4e9)
+    alone = resolve(Recipe, {**TABLE, "algorithm": algorithms[2], "process": process | {"guidance": 1.0}})
+    assert graphs(alone, 10.0, 0.0) == 10
+
+
+def test_both_branches_of_a_real_forward_are_two_graphs(tiny_pipeline: Path) -> None:
+    policy, kept = load_policy(tiny_pipeline, PolicySettings()), {}
+    weights = {weight.untyped_storage().data_ptr() for weight in policy.denoiser.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def held(guidance: float, stop: bool) -> int:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            policy.predict(torch.zeros(1, *policy.sample_shape), torch.tensor(500), policy.encode(["a cat"]), guidance, stop).sum()
+        return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+
+    one = held(1.0, False)
+    recipe = resolve(Recipe, {**TABLE, "algorithm": {"kind": "grpo", "train_guidance": "both"}, "process": {"guidance": 3.0, "eta": 1.0}})
+    assert held(3.0, True) == pytest.approx(one, rel=0.05)
+    assert held(3.0, False) == pytest.approx(graphs(recipe, one, 0.0), rel=0.05)
+
+
+def test_probes_hold_a_base_too() -> None:
     full, shapes = {**TABLE, "policy": {"train": "full"}}, replace(SHAPES, base=10**9)
+    unknown = {"model": "someone/some-model", "data": {"safe": "benign.txt", "unsafe": "unsafe.txt"}}
+    for tables, base in (({}, 10**9), ({"probe": {"every": 0}}, 0), (unknown, 0), ({"model": "someone/some-model"}, 10**9)):
+        assert room(resolve(Recipe, full | tables), COUNTS, shapes).base == base
+    assert room(resolve(Recipe, TABLE), COUNTS, shapes).base == 0  # adapters are switched off
+
+
+def test_a_bound_on_the_drift_asks_for_a_base_and_keeps_its_latents() -> None:
+    full, shapes = {**TABLE, "policy": {"train": "full"}, "probe": {"every": 0}}, replace(SHAPES, base=10**9)
     plain, bound = (room(resolve(Recipe, full | {"constraints": each}), COUNTS, shapes) for each in ([], [{"cost": "drift", "budget": 0.1}]))
     assert (plain.base, bound.base, bound.latents) == (0, 10**9, 2 * plain.latents)
 

@@ -60,13 +60,14 @@ def test_sizes_are_painted_each_in_its_own(policy) -> None:
     wide, small = (Row("0", Prompt("a star"), width=side, height=32) for side in (64, 32))
     pictures = [*pictures_of(wide, Painting(steps=2, size="row"), 32), *pictures_of(small, Painting(steps=2, size="row"), 32)]
     assert [tuple(images.shape) for _, images in paint(policy, pictures, 0)] == [(1, 3, 32, 64), (1, 3, 32, 32)]
-    with pytest.raises(UserError, match="takes multiples of 4"):
+    with pytest.raises(UserError, match="side of 33 pixels is not a multiple of 4"):
         list(paint(policy, pictures_of(Row("0", Prompt("a star"), width=33, height=32), Painting(steps=2, size="row"), 32), 0))
 
 
 def test_each_size_is_painted_with_its_own_shift_of_a_flow(policy) -> None:
     """One after the other as alone; the shift of the first would be another picture."""
-    flow = dataclasses.replace(policy, scheduler_config={"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_image_seq_len": 16})
+    shifted = {"use_dynamic_shifting": True, "base_image_seq_len": 16, "max_image_seq_len": 256}
+    flow = dataclasses.replace(policy, scheduler_config={"_class_name": "FlowMatchEulerDiscreteScheduler", **shifted})
     wide, small = (pictures_of(Row("0", Prompt("a star"), width=side, height=32), Painting(steps=3, size="row"), 32) for side in (128, 32))
     _, together = (images for _, images in paint(flow, [*wide, *small], 0))
     assert torch.equal(together, painted(flow, small))

@@ -86,7 +86,7 @@ def predict(policy: LatentPolicy, latents: Tensor, guidance: float = 1.0) -> Ten
 
 
 def painted(policy: LatentPolicy, latents: Tensor, steps: int, guidance: float) -> Tensor:
-    process = from_scheduler(policy.scheduler_config, steps, eta=0.0, tokens=tokens_in(policy.sample_shape))
+    process = from_scheduler(policy.scheduler_config, steps, eta=0.0, tokens=tokens_in(policy.sample_shape, policy.family.patch))
     return walk(policy, process, policy.encode(TEXTS), latents, guidance).clean
 
 

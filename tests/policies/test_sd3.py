@@ -13,9 +13,13 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from safediffusion.errors import UserError
+from safediffusion.evaluate.pictures import paint, pictures_of
+from safediffusion.evaluate.rows import Row
+from safediffusion.evaluate.task import Painting
 from safediffusion.policies.families import find_family
 from safediffusion.policies.latent import PolicySettings, load_policy
 from safediffusion.policies.pipeline import load_text
+from safediffusion.types import Prompt
 
 LORA = PolicySettings(lora_rank=4)
 TEXTS = ["a red cat", "a blue dog in a kitchen"]
@@ -80,7 +84,27 @@ def test_only_t5_may_be_missing(copied: Path) -> None:
         load_policy(copied, LORA)
 
 
+def test_diffusers_must_be_told_that_there_is_no_t5(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """As README says."""
+    load_policy(folder_of("sd3-no-t5"), LORA).save_pipeline(tmp_path / "saved")
+    for folder in (folder_of("sd3-no-t5"), tmp_path / "saved"):
+        with pytest.raises(ValueError, match="text_encoder_3"):
+            StableDiffusion3Pipeline.from_pretrained(folder)
+        assert StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None).text_encoder_3 is None
+
+
 def test_pictures_are_whole_patches(folder_of: Callable[[str], Path]) -> None:
     assert load_policy(folder_of("sd3"), LORA).sample_shape == (8, 8, 8)
     with pytest.raises(UserError, match="image_size = 36 is not a multiple of 8"):
         load_policy(folder_of("sd3"), PolicySettings(image_size=36))
+
+
+def test_pictures_larger_than_its_positions_are_refused(folder_of: Callable[[str], Path]) -> None:
+    policy = load_policy(folder_of("sd3"), PolicySettings(image_size=96))
+    x = torch.zeros(1, *policy.sample_shape)
+    assert policy.predict(x, torch.tensor(500.0), policy.encode(["a cat"])).shape == x.shape
+    with pytest.raises(UserError, match="image_size = 104 is more than 96, the largest side that .* has positions for"):
+        load_policy(folder_of("sd3"), PolicySettings(image_size=104))
+    (wide,) = pictures_of(Row("0", Prompt("a cat"), width=104, height=32), Painting(steps=2, size="row"), 32)
+    with pytest.raises(UserError, match="a picture's side of 104 pixels is more than 96"):
+        next(paint(policy, [wide], 1))

@@ -172,8 +172,8 @@ def test_a_shift_that_rounds_up_starts_at_the_top(shift: float) -> None:
 
 
 def test_a_larger_picture_has_a_larger_shift() -> None:
-    assert tokens_in((16, 128, 96)) == 64 * 48
-    small, large = (from_scheduler(FLUX, 4, tokens=tokens_in((16, side, side))) for side in (32, 128))
+    assert tokens_in((16, 128, 96), 2) == 64 * 48
+    small, large = (from_scheduler(FLUX, 4, tokens=tokens_in((16, side, side), 2)) for side in (32, 128))
     assert (large.times[1:] > small.times[1:]).all()
     assert large.schedule.shift == pytest.approx(math.exp(1.15)) and small.schedule.shift == pytest.approx(math.exp(0.5))
 
