@@ -80,6 +80,15 @@ def test_only_t5_may_be_missing(copied: Path) -> None:
         load_policy(copied, LORA)
 
 
+@pytest.mark.parametrize("null", [[None, None], None])
+def test_t5_without_its_tokenizer_is_half_a_part(copied: Path, null: list | None) -> None:
+    edit(copied, tokenizer_3=null)
+    with pytest.raises(UserError, match="has a text_encoder_3 and no tokenizer_3; fetch the model again"):
+        find_family(copied)
+    edit(copied, text_encoder_3=null)
+    assert load_policy(copied, LORA).encode(["a red cat"]).shape[1] > 0
+
+
 def test_pictures_are_whole_patches(flowing: Callable[[str], Path]) -> None:
     assert load_policy(flowing("sd3"), LORA).sample_shape == (8, 8, 8)
     with pytest.raises(UserError, match="image_size = 36 is not a multiple of 8"):
