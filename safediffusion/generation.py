@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from safediffusion.guided import GuideSettings
     from safediffusion.policies.latent import LatentPolicy
+    from safediffusion.policies.settings import Precision
     from safediffusion.policies.variant import Variant
 
 MANIFEST = "manifest.jsonl"
@@ -28,18 +29,18 @@ MANIFEST = "manifest.jsonl"
 
 @dataclass(frozen=True)
 class Setting:
-    """How pictures are painted; all of it is part of a picture's identity."""
+    """How pictures are painted; all of it is part of a picture's identity. Without `guidance` it is what is usual for the model's family."""
 
     steps: int = 25
-    guidance: float = 5.0
+    guidance: float | None = None
     size: int | None = None
-    dtype: str = "float32"
+    dtype: Precision = "float32"
     guide: GuideSettings | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"--steps should be at least 1, but is {self.steps}")
-        if not 1 <= self.guidance < float("inf"):
+        if self.guidance is not None and not 1 <= self.guidance < float("inf"):
             raise UserError(f"--guidance should be a finite number of at least 1 (no guidance), but is {self.guidance:g}")
 
     @property
@@ -90,6 +91,7 @@ def generate(
     from safediffusion import build, ranks
     from safediffusion.data.screen import screen
     from safediffusion.guided import guided
+    from safediffusion.policies.families import find_family
     from safediffusion.process.settings import ProcessSettings
     from safediffusion.rollout import chunks
 
@@ -97,6 +99,8 @@ def generate(
     if not screened.kept:
         raise UserError(f"the prompt screen refused all {len(screened.refused)} prompts; nothing was painted")
     ranks.from_main(lambda: check_writable(out))
+    guidance = find_family(model.folder).guidance if setting.guidance is None else setting.guidance
+    setting = replace(setting, guidance=guidance)
     identity = json.dumps([model.description, setting.facts], sort_keys=True)
     texts = dict.fromkeys(prompt.text for prompt in screened.kept)
     items = [_item(text, seed + k, identity) for text in texts for k in range(samples)]
@@ -109,7 +113,7 @@ def generate(
         process = build.process(policy, ProcessSettings(steps=setting.steps))
         painter = policy if setting.guide is None else guided(policy, setting.guide, device)
         for part in (missing[each] for each in chunks(len(missing), batch * ranks.count())):
-            images = ranks.joined(_paint(painter, process, [part[i] for i in ranks.share(len(part))], setting), len(part))
+            images = ranks.joined(_paint(painter, process, [part[i] for i in ranks.share(len(part))], guidance), len(part))
             if ranks.is_main():
                 _write(part, images, setting, out, there)
             progress.advance(task, len(part))
@@ -121,14 +125,12 @@ def _item(text: str, seed: int, identity: str) -> Item:
 
 
 def _policy(model: Variant, setting: Setting, device: torch.device) -> LatentPolicy:
-    from typing import cast
+    from safediffusion.policies.variant import AS_IT_IS
 
-    from safediffusion.policies.settings import PolicySettings, Precision
-
-    return model.load(device, PolicySettings(train="full", dtype=cast("Precision", setting.dtype), image_size=setting.size))
+    return model.load(device, replace(AS_IT_IS, dtype=setting.dtype, image_size=setting.size))
 
 
-def _paint(policy: Policy, process: Process, items: Sequence[Item], setting: Setting) -> Tensor:
+def _paint(policy: Policy, process: Process, items: Sequence[Item], guidance: float) -> Tensor:
     """Pictures `(B, 3, H, W)` on the CPU."""
     import torch
 
@@ -138,7 +140,7 @@ def _paint(policy: Policy, process: Process, items: Sequence[Item], setting: Set
     with torch.no_grad():
         condition = policy.encode([item.prompt for item in items])
         start = noise_for([(item.prompt, item.seed) for item in items], policy.sample_shape).to(condition.device)
-        clean = walk(policy, process, condition, start, setting.guidance).clean
+        clean = walk(policy, process, condition, start, guidance).clean
         return policy.decode(clean).cpu()
 
 
