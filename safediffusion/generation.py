@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from safediffusion.guided import GuideSettings
     from safediffusion.policies.latent import LatentPolicy
+    from safediffusion.policies.settings import Precision
     from safediffusion.policies.variant import Variant
 
 MANIFEST = "manifest.jsonl"
@@ -29,18 +30,18 @@ MANIFEST = "manifest.jsonl"
 
 @dataclass(frozen=True)
 class Setting:
-    """How pictures are painted; all of it is part of a picture's identity."""
+    """How pictures are painted; all of it is part of a picture's identity. Without `guidance` it is what is usual for the model's family."""
 
     steps: int = 25
-    guidance: float = 5.0
+    guidance: float | None = None
     size: int | None = None
-    dtype: str = "float32"
+    dtype: Precision = "float32"
     guide: GuideSettings | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"--steps should be at least 1, but is {self.steps}")
-        if not 1 <= self.guidance < float("inf"):
+        if self.guidance is not None and not 1 <= self.guidance < float("inf"):
             raise UserError(f"--guidance should be a finite number of at least 1 (no guidance), but is {self.guidance:g}")
 
     @property
@@ -92,6 +93,7 @@ def generate(
     from safediffusion.data.screen import screen
     from safediffusion.guided import guided
     from safediffusion.policies.autoencoder import cell
+    from safediffusion.policies.families import find_family
     from safediffusion.process.settings import ProcessSettings
     from safediffusion.rollout import painted
 
@@ -99,6 +101,8 @@ def generate(
     if not screened.kept:
         raise UserError(f"the prompt screen refused all {len(screened.refused)} prompts; nothing was painted")
     ranks.from_main(lambda: check_writable(out))
+    guidance = find_family(model.folder).guidance if setting.guidance is None else setting.guidance
+    setting = replace(setting, guidance=guidance)
     identity = json.dumps([model.description, setting.facts], sort_keys=True)
     texts = dict.fromkeys(prompt.text for prompt in screened.kept)
     items = [_item(text, seed + k, identity) for text in texts for k in range(samples)]
@@ -111,7 +115,7 @@ def generate(
         process = build.process(policy, ProcessSettings(steps=setting.steps))
         painter = policy if setting.guide is None else guided(policy, setting.guide, device)
         pixels = math.prod(policy.sample_shape[1:]) * cell(policy.vae) ** 2
-        for part, images in painted(len(missing), pixels, batch, lambda which: _paint(painter, process, [missing[i] for i in which], setting)):
+        for part, images in painted(len(missing), pixels, batch, lambda which: _paint(painter, process, [missing[i] for i in which], guidance)):
             if ranks.is_main():
                 _write(missing[part], images, setting, out, there)
             progress.advance(task, len(images))
@@ -123,14 +127,12 @@ def _item(text: str, seed: int, identity: str) -> Item:
 
 
 def _policy(model: Variant, setting: Setting, device: torch.device) -> LatentPolicy:
-    from typing import cast
+    from safediffusion.policies.variant import AS_IT_IS
 
-    from safediffusion.policies.settings import PolicySettings, Precision
-
-    return model.load(device, PolicySettings(train="full", dtype=cast("Precision", setting.dtype), image_size=setting.size))
+    return model.load(device, replace(AS_IT_IS, dtype=setting.dtype, image_size=setting.size))
 
 
-def _paint(policy: Policy, process: Process, items: Sequence[Item], setting: Setting) -> Tensor:
+def _paint(policy: Policy, process: Process, items: Sequence[Item], guidance: float) -> Tensor:
     """Pictures `(B, 3, H, W)` on the CPU."""
     import torch
 
@@ -140,7 +142,7 @@ def _paint(policy: Policy, process: Process, items: Sequence[Item], setting: Set
     with torch.no_grad():
         condition = policy.encode([item.prompt for item in items])
         start = noise_for([(item.prompt, item.seed) for item in items], policy.sample_shape).to(condition.device)
-        clean = walk(policy, process, condition, start, setting.guidance).clean
+        clean = walk(policy, process, condition, start, guidance).clean
         return policy.decode(clean).cpu()
 
 

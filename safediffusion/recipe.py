@@ -78,6 +78,8 @@ def check(recipe: Recipe) -> Recipe:
         recipe.reward.check()
     _check_constraints(recipe)
     algorithm.check(recipe)
+    if recipe.policy.train == "none":
+        raise UserError('policy.train = "none" is for painting and measuring, and leaves a run nothing to learn; set "lora" or "full"')
     check_trained(recipe.policy.quantise, recipe.policy.train)
     for key, name in (("safe", recipe.data.safe), ("unsafe", recipe.data.unsafe)):
         if name.startswith("pictograms/test-"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from safediffusion.evaluate.pictures import Stored
     from safediffusion.evaluate.run import Plan
     from safediffusion.guided import GuideSettings
+    from safediffusion.policies.settings import Precision
 
 Names = Path | str | Sequence[Path | str]
 
@@ -60,7 +61,13 @@ class Subjects:
 
 
 def subjects(
-    model: Names, against: Path | str | None, images: Sequence[Path | str], planned: tuple[Plan, ...], guide: GuideSettings | None, device: torch.device
+    model: Names,
+    against: Path | str | None,
+    images: Sequence[Path | str],
+    planned: tuple[Plan, ...],
+    guide: GuideSettings | None,
+    device: torch.device,
+    dtype: Precision = "float32",
 ) -> Subjects:
     """Who paints, and what was painted elsewhere. A guide steers the models under test, and never `against`."""
     from safediffusion.evaluate.given import given
@@ -69,7 +76,9 @@ def subjects(
 
     models = [model] if isinstance(model, (str, Path)) else list(model)
     names = _named(models, against, images, guide is not None)
-    painters = {name: Painter(variant(str(each), locate)) for name, each in names.items() if each not in images}
+    painters = {name: Painter(variant(str(each), locate), dtype=dtype) for name, each in names.items() if each not in images}
+    if dtype != "float32" and not painters:
+        raise UserError("--dtype is of a model that paints, and --images are painted already; name a MODEL, or leave --dtype out")
     if guide is not None:
         if not models:
             raise UserError("--guide steers a model while it paints, and --images are painted already; name a MODEL, or leave --guide out")
@@ -80,10 +89,9 @@ def subjects(
 
 
 def _under(guide: GuideSettings, painter: Painter, device: torch.device) -> Painter:
-    from safediffusion.evaluate.painter import Painter
     from safediffusion.guided import described, guided
 
-    return Painter(painter.variant, described(guide), partial(guided, options=guide, device=device))
+    return replace(painter, guide=described(guide), guided=partial(guided, options=guide, device=device))
 
 
 def _named(models: Sequence[Path | str], against: Path | str | None, images: Sequence[Path | str], guided: bool) -> dict[str, Path | str]:

@@ -66,6 +66,7 @@ def test_a_step_observes_the_cost_and_logs_every_part(normalise: str) -> None:
         ({"data": {"unsafe": ""}}, r'constraints\.0\.prompts = "unsafe", and data\.unsafe names no prompts'),
         ({"reward": {"kind": "combined", "parts": [GUARD]}}, "every weight is 0"),
         ({"algorithm": {"kind": "forward", "group": 1}}, "nothing to compare"),
+        ({"policy": {"train": "none"}}, "leaves a run nothing to learn"),
         ({"probe": {"every": 0, "count": 3}}, "probe.every = 0 turns probes off"),
         ({"probe": {"every": 1, "count": 3}, "limit": {"forwards": 100}}, "a limit may end the run before them; set probe.every"),
         ({"reward": RECIPE["reward"] | {"normalise": "each"}, "algorithm": {"kind": "forward", "diversity": 0.1}}, "algorithm.diversity finds good pictures"),

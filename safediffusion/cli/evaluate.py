@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -56,6 +56,7 @@ def command(
     samples: Annotated[int | None, typer.Option(help="Pictures per prompt; diversity needs 2.", show_default="the task's own")] = None,
     seed: Annotated[int | None, typer.Option(help="Of a prompt's first picture.", show_default="the task's own")] = None,
     batch_size: Annotated[str, typer.Option(help="Pictures at once, a number or auto; memory, not results.")] = "auto",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Arithmetic of the denoiser; part of the protocol. The second is half as large.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="the best there is")] = None,
 ) -> None:
     """Measure models, alone or against another on the same prompts and seeds, with intervals."""
@@ -72,8 +73,8 @@ def command(
     from safediffusion.guided import load_guide
     from safediffusion.measurement import measure
 
-    extent = Extent(samples=samples, seed=seed, limit=limit, batch=pictures_at_once(batch_size))
-    given = {"against": against, "tasks": tasks, "out": out, "limit": limit, "samples": samples, "seed": seed}
+    extent = Extent(samples=samples, seed=seed, limit=limit, batch=pictures_at_once(batch_size), dtype=dtype)
+    given = {"against": against, "tasks": tasks, "out": out, "limit": limit, "samples": samples, "seed": seed, "dtype": dtype if dtype != "float32" else None}
     pictures = [word for folder in images or () for word in ("--images", str(folder))]
     steered = [*(("--guide", guide) if guide else ()), *(word for each in guide_set or () for word in ("--guide-set", each))]
     chosen = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]

@@ -35,10 +35,10 @@ def command(
     seed: Annotated[int, typer.Option(help="Of a prompt's first picture; the next one has the next seed.", min=0)] = 0,
     samples: Annotated[int, typer.Option(help="Pictures per prompt.", min=1)] = 1,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 5.0,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.", show_default="5; for FLUX, which is guided within, 1")] = None,
     size: Annotated[int | None, typer.Option(help="Pixels of a side.", show_default="the model's own", min=8)] = None,
     batch_size: Annotated[str, typer.Option(help="Pictures at once, a number or auto; memory, not results.")] = "auto",
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Arithmetic of the denoiser; bfloat16 is faster on a GPU.")] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Arithmetic of the denoiser; bfloat16 is faster on a GPU, and half as large.")] = "float32",
     guide: Annotated[
         str | None,
         typer.Option(metavar="GUIDE", help="Steer while painting: sld (Safe Latent Diffusion), reward, or a TOML file with [guide].", show_default=False),

@@ -18,7 +18,7 @@ from safediffusion import ranks
 from safediffusion.cost.blueprints import BLUEPRINTS, write_configs
 from safediffusion.cost.forwards import Forwards, forwards
 from safediffusion.cost.pace import measure_pace
-from safediffusion.cost.room import asks_base, graphs, remembered, room, spelled_bytes
+from safediffusion.cost.room import asks_base, graphs, prompts_kept, remembered, room, spelled_bytes
 from safediffusion.cost.shapes import Shapes, measure_shapes
 from safediffusion.data.sets import load_set
 from safediffusion.evaluate import pictograms
@@ -78,6 +78,7 @@ def foresee(recipe: Recipe, run: Run, done: int = 0) -> Plan | None:
     more = sum(weight.numel() for weight in run.learner.parameters) * (12 if done == 0 else 4)  # gradients, and two moments
     more += _base_bytes(policy) if asks_base(recipe, counts) else 0
     more += batch * graphs(recipe, pace.activations, pace.painting) + remembered(recipe, counts, math.prod(policy.sample_shape))
+    more += prompts_kept(recipe, policy.encode.unconditional.nbytes)
     return Plan(counts.images, left, seconds, probing, _resident(policy.device) + more)
 
 

@@ -30,6 +30,7 @@ class Room:
     base: float  # of the second denoiser that full training compares with
     pictures: float  # the graphs of a batch, or its widest place in the decoder where that is more
     latents: float  # of a rollout
+    prompts: float  # of conditions that stay on the device
     encoding: float  # of text encoders that are dropped, alone on the device while they encode
 
     @property
@@ -50,7 +51,8 @@ class Room:
         return next((card for card in _CARDS if needed <= card * _GB), None)
 
     def __str__(self) -> str:
-        named = {"text encoders": self.encoders, "learning": self.learning, "base": self.base, "pictures": self.pictures, "latents": self.latents}
+        named = {"text encoders": self.encoders, "learning": self.learning, "base": self.base, "pictures": self.pictures}
+        named |= {"latents": self.latents, "prompts": self.prompts}
         parts = ", ".join([f"weights {spelled_bytes(self.weights)}", *(f"{name} {spelled_bytes(count)}" for name, count in named.items() if count >= 5e7)])
         before = f"; text encoders alone beforehand {spelled_bytes(self.encoding)}" if self.encoding >= 5e7 else ""
         return f"about {spelled_bytes(self.bytes)} of memory without the reward: {parts}{before}"
@@ -67,6 +69,7 @@ def room(recipe: Recipe, counts: Forwards, shapes: Shapes) -> Room:
         base=shapes.base if options.train == "full" and asks_base(recipe, counts) else 0,
         pictures=max(batch * graphs(recipe, shapes.activations, shapes.painting), decoded * shapes.decoding),
         latents=remembered(recipe, counts, shapes.latent),
+        prompts=prompts_kept(recipe, shapes.condition),
         encoding=shapes.text if options.text_encoders == "drop" else 0,
     )
 
@@ -97,6 +100,11 @@ def remembered(recipe: Recipe, counts: Forwards, latent: int) -> int:
     card = recipe.algorithm.card
     kept = recipe.process.steps + 1 if card.log_probs or card.reward_gradient else 1
     return counts.images * (kept + _drifts(recipe)) * 4 * latent
+
+
+def prompts_kept(recipe: Recipe, condition: int) -> int:
+    """Bytes of the conditions that stay on the device, at most: of as many prompts as the run can draw, however few its files hold."""
+    return min(recipe.policy.prompts_kept, recipe.steps * recipe.algorithm.prompts) * condition
 
 
 def _drifts(recipe: Recipe) -> bool:

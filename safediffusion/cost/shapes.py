@@ -39,6 +39,7 @@ class Shapes:
     decode: int  # FLOP of the autoencoder that decodes rollouts
     weights: int  # bytes of denoiser and autoencoder as they lie on the device
     text: int  # bytes of the text encoders, which run in float32
+    condition: int  # bytes of what a prompt is encoded to
     base: int  # bytes of the second denoiser that full training compares with
     activations: int  # bytes kept for one backward
     decoding: int  # bytes of the widest place of the decoder, roughly
@@ -84,9 +85,10 @@ def measure_shapes(folder: Path, settings: PolicySettings) -> Shapes:
     held = parameters * 4 + (base if settings.dtype == "bfloat16" else 0) if settings.train == "full" else base + trained * 4 - _saved(denoiser, settings)
     weights = held + 4 * sum(each.numel() for each in denoiser.buffers()) + _count(vae) * _WIDTH[settings.vae_dtype]
     spoken = 4 * sum(_count(encoder) for encoder in text.encoders.values())
+    encoded = condition.numel() * _WIDTH[settings.dtype]
     tile = min(1.0, (settings.vae_tile or math.inf) / max(size)) ** 2
     widest, painting = (int(each * _WIDTH[settings.vae_dtype] / 4) for each in (decoding * tile, painting))
-    return Shapes(math.prod(latent), parameters, trained, forward, backward, decode, weights, spoken, base, activations, widest, painting)
+    return Shapes(math.prod(latent), parameters, trained, forward, backward, decode, weights, spoken, encoded, base, activations, widest, painting)
 
 
 @torch.no_grad()

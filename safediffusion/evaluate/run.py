@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -22,6 +23,9 @@ from safediffusion.evaluate.pictures import Album, Picture, Stored, native_side,
 from safediffusion.evaluate.rows import Rows, load_rows, located
 from safediffusion.evaluate.scoring import Columns, Instrument, Look, score
 from safediffusion.evaluate.task import Frechet, Task
+from safediffusion.policies.families import find_family
+from safediffusion.policies.family import Family
+from safediffusion.policies.settings import Precision
 
 SCHEMA = 1
 Advance = Callable[[str, int], None]
@@ -29,12 +33,13 @@ Advance = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is painted. `limit` takes the first prompts of each group; `samples` and `seed` take the place of the task's own."""
+    """How much is painted, and in which arithmetic. `limit` takes the first prompts of each group; `samples` and `seed` take the place of the task's own."""
 
     samples: int | None = None
     seed: int | None = None
     limit: int | None = None
     batch: int = 0  # pictures at once on each process; memory, not results; 0 is as many as fit
+    dtype: Precision = "float32"  # of the denoiser
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("limit", 1), ("seed", 0), ("batch", 0)):
@@ -112,6 +117,7 @@ def _protocol(plan: Plan, instruments: Mapping[str, Instrument], extent: Extent)
         "prompts_sha256": plan.rows.sha256,
         "refused": plan.rows.refused,
         **{f"painting/{name}": value for name, value in told["painting"].items()},
+        **({} if extent.dtype == "float32" else {"painting/dtype": extent.dtype}),  # a protocol of before it could be chosen stays the same
         "measures": told["measures"],
         "instruments": {name: dict(instruments[name].identity) for name in plan.task.instruments},
     }
@@ -148,7 +154,8 @@ def painted(painter: Painter, planned: Sequence[Plan], folder: Path, device: tor
     missing = ranks.from_main(lambda: album.missing(every))
     advance(len(every) - len(missing))
     if missing:
-        policy = painter.variant.load(device)
+        _warn_of_guidance(find_family(model), missing)
+        policy = painter.load(device)
         policy.encode.warn_of_long([picture.prompt for picture in missing])
         for part, images in paint(policy, missing, batch, painter.guided and painter.guided(policy)):
             if ranks.is_main():
@@ -157,6 +164,17 @@ def painted(painter: Painter, planned: Sequence[Plan], folder: Path, device: tor
     ranks.from_main(lambda: album.enter(every))
     album = Album(folder, digest) if ranks.count() > 1 else album  # the main process has written
     return {name: tuple(album[picture] for picture in pictures) for name, pictures in wanted.items()}
+
+
+def _warn_of_guidance(family: Family, pictures: Sequence[Picture]) -> None:
+    """One warning where a network that was taught to do without classifier-free guidance is given it."""
+    strengths = {picture.guidance for picture in pictures} - {1.0}
+    if family.guidance == 1 and strengths:
+        warnings.warn(
+            f"{family.pipeline} is guided within, and the task asks for classifier-free guidance {max(strengths):g} on top of it: "
+            "these are not the pictures that people know of it; measure it by a task with guidance = 1",
+            stacklevel=2,
+        )
 
 
 def see(

@@ -26,4 +26,8 @@ def find_family(folder: Path) -> Family:
         found = (index.get(part) or [None, None])[1]
         if found not in (supported, f"{supported}Fast") and not (found is None and part in kind.optional):
             raise UserError(f"{folder / 'model_index.json'} has {found} as {part}; supported is {supported}")
+    for part in kind.optional:
+        encoder = part.replace("tokenizer", "text_encoder")
+        if (index.get(encoder) or [None])[0] and not (index.get(part) or [None])[0]:
+            raise UserError(f"{folder / 'model_index.json'} has a {encoder} and no {part}; fetch the model again, or set both to [null, null]")
     return kind(index, read_config(folder / kind.network))

@@ -20,6 +20,7 @@ class Family(Protocol):
     lora_targets: ends of the names of the layers that get adapters.
     lora_mixin: the class of diffusers.loaders whose `save_lora_weights` writes what `Pipeline.load_lora_weights` reads.
     attention: a processor that takes the place of those that diffusers gives the network, to compute the same in less time; None leaves them.
+    guidance: classifier-free, as pictures are usually painted; 1, which is none, where the network was taught to do without.
     scheduler: what the pipeline asks of its scheduler beside the scheduler's own config, in the words of `process/`.
     """
 
@@ -31,6 +32,7 @@ class Family(Protocol):
     network: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
     lora_mixin: ClassVar[str]
+    guidance: ClassVar[float]
     scheduler: ClassVar[Mapping[str, Any]]
 
     @property

@@ -41,6 +41,7 @@ class Flux:
     network: ClassVar[str] = "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     lora_mixin: ClassVar[str] = "FluxLoraLoaderMixin"
+    guidance: ClassVar[float] = 1.0
     scheduler: ClassVar[Mapping[str, Any]] = {"even_sigmas": True}
     side: ClassVar[int] = 128  # the pipeline's own: nothing in the folder says it
     patch: ClassVar[int] = _PATCH

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +140,8 @@ class LatentPolicy:
 
         Its denoiser is rounded to `dtype`, or to the precision that it has in the base model's folder; warns where that takes much of what was learned.
         """
+        if self.settings.train == "none":
+            raise UserError('a model with policy.train = "none" is only painted with; load it with "full" to save it')
         denoiser, part = _trainable(self.family, self.folder, self.settings), self.family.network
         _assign({name: denoiser.get_parameter(name) for name in self.trained}, self.state())
         if self.settings.train == "lora":
@@ -155,14 +157,21 @@ class LatentPolicy:
     def save_lora(self, folder: Path) -> None:
         """The adapters alone, for `load_lora_weights(folder)` of its diffusers pipeline."""
         if self.settings.train != "lora":
-            raise UserError('a run with policy.train = "full" has no LoRA to save; save the pipeline instead')
+            raise UserError(f'a run with policy.train = "{self.settings.train}" has no LoRA to save; save the pipeline instead')
         save_lora(self.denoiser, self.family, folder)
 
 
-def load_policy(folder: Path, settings: PolicySettings, device: str | torch.device = "cpu", texts: Sequence[str] = ()) -> LatentPolicy:
+def load_policy(
+    folder: Path,
+    settings: PolicySettings,
+    device: str | torch.device = "cpu",
+    texts: Sequence[str] = (),
+    change: Callable[[Any, Conditioner], None] | None = None,
+) -> LatentPolicy:
     """The policy of a diffusers folder. Raises UserError for one that is not whole or not supported.
 
     texts: what is going to be painted. Where text encoders are dropped the main process encodes it beforehand; with it all processes must call this.
+    change: what is put onto the denoiser and the text encoders, in place, while the denoiser is still exact: before it is rounded or quantised.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny
 
@@ -181,6 +190,8 @@ def load_policy(folder: Path, settings: PolicySettings, device: str | torch.devi
     if settings.tiny_vae is not None:
         tiny = autoencoder.placed(load_model(AutoencoderTiny, resolve_part(settings.tiny_vae, _TINY_VAE)), settings.vae_dtype, device)
         autoencoder.check_tiny(settings.tiny_vae, tiny, vae)
+    if change is not None:
+        change(denoiser, encode)
     if settings.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     denoiser = _placed(denoiser, settings, device)
@@ -226,20 +237,19 @@ def check_side(folder: Path, family: Family, vae: Any, side: int, called: str) -
 def _conditioner(family: Family, folder: Path, settings: PolicySettings, device: torch.device) -> Conditioner:
     dtype = getattr(torch, settings.dtype)
     if settings.text_encoders == "keep":
-        return Conditioner(family, load_text(family, folder).to(device), dtype, settings.prompt_cache)
+        return Conditioner(family, load_text(family, folder).to(device), dtype, settings.prompts_kept)
     with torch.device("meta"):
         shells = load_text(family, folder, load_empty)
     there = stored(family, folder, dtype, device)
-    return Conditioner(family, shells, dtype, settings.prompt_cache, there, lambda: load_text(family, folder).to(device), device)
+    return Conditioner(family, shells, dtype, settings.prompts_kept, there, lambda: load_text(family, folder).to(device), device)
 
 
 def _trainable(family: Family, folder: Path, settings: PolicySettings) -> Any:
-    """The denoiser of the folder, with either all its weights or its fresh adapters to be trained; float32, on the CPU."""
+    """The denoiser of the folder, with all its weights, its fresh adapters or nothing to be trained; float32, on the CPU."""
     denoiser = load_denoiser(family, folder)
-    if settings.train == "full":
-        return denoiser.requires_grad_(True)
-    add_lora(denoiser, settings.lora_rank, settings.lora_alpha or settings.lora_rank, settings.lora_targets or family.lora_targets)
-    return denoiser
+    if settings.train == "lora":
+        add_lora(denoiser, settings.lora_rank, settings.lora_alpha or settings.lora_rank, settings.lora_targets or family.lora_targets)
+    return denoiser.requires_grad_(True) if settings.train == "full" else denoiser
 
 
 def _placed(denoiser: Any, settings: PolicySettings, device: torch.device) -> Any:
@@ -247,9 +257,9 @@ def _placed(denoiser: Any, settings: PolicySettings, device: torch.device) -> An
 
     Frozen linear and convolution layers are kept in the precision that autocast would round them to at each call; norms
     stay float32, as autocast runs them in it, so that policy and reference agree to the last bit. torch's RMSNorm (FLUX), which
-    autocast leaves alone, is slow where its weight is not in the precision of its input; under adapters it can be.
+    autocast leaves alone, is slow where its weight is not in the precision of its input; where it is not trained it can be.
     """
-    rounded = (torch.nn.Linear, torch.nn.Conv2d, *([torch.nn.RMSNorm] if settings.train == "lora" else []))
+    rounded = (torch.nn.Linear, torch.nn.Conv2d, *([] if settings.train == "full" else [torch.nn.RMSNorm]))
     for module in denoiser.modules():
         if isinstance(module, rounded) and not any(weight.requires_grad for weight in module.parameters(recurse=False)):
             module.to(dtype=getattr(torch, settings.dtype))

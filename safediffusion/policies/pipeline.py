@@ -74,7 +74,7 @@ def _load_tokenizer(kind: Any, folder: Path) -> Any:
         raise UserError(f"{folder} holds no tokenizer: none of {', '.join(_VOCABULARIES)}")
     try:
         return kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:  # a package that reads its vocabulary may be missing
         raise UserError(f"{folder} cannot be loaded as {kind.__name__}: {first_sentence(error)}") from error
 
 

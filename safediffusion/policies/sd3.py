@@ -42,6 +42,7 @@ class StableDiffusion3:
     network: ClassVar[str] = "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     lora_mixin: ClassVar[str] = "SD3LoraLoaderMixin"
+    guidance: ClassVar[float] = 5.0
     scheduler: ClassVar[Mapping[str, Any]] = {"even_sigmas": False}
     empty_is_zero: ClassVar[bool] = False
 

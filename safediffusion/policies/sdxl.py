@@ -40,6 +40,7 @@ class StableDiffusionXL:
     network: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_mixin: ClassVar[str] = "StableDiffusionXLLoraLoaderMixin"
+    guidance: ClassVar[float] = 5.0
     scheduler: ClassVar[Mapping[str, Any]] = {}
     patch: ClassVar[int] = 1
     largest: ClassVar[None] = None

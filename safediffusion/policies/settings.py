@@ -16,7 +16,8 @@ Precision = Literal["float32", "bfloat16"]
 class PolicySettings:
     """What is trained and in which precision.
 
-    train: "lora" trains adapters (about 3 M weights on SD1.x, and the reference is free); "full" the whole denoiser, UNet or transformer (860 M).
+    train: "lora" trains adapters (about 3 M weights on SD1.x, and the reference is free); "full" the whole denoiser, UNet or transformer (860 M);
+        "none" nothing: to paint and to measure, each layer of the denoiser as small as `dtype` and `quantise` say. No recipe has it.
     lora_rank, lora_alpha: the adapters' update is scaled by alpha / rank; alpha is the rank where it is left out.
     lora_targets: ends of the names of the layers that get adapters; where it is left out the projections of all attention, as the family names them.
     embedded_guidance: what a guidance-distilled model (FLUX.1-dev) is told at every call; others do not hear of it. `process.guidance` is beside it.
@@ -30,14 +31,15 @@ class PolicySettings:
         memory at 1024 pixels, and seams that are not quite invisible. Pictures no larger than it are decoded whole.
     compile: fuses the denoiser's arithmetic by torch.compile, once for each shape and branch: a minute or two at the start, for long runs at few shapes.
     gradient_checkpointing: recomputes activations in the backward pass: less memory, about a third more time.
-    prompt_cache: encoded prompts kept on the device; one takes 0.24 MB on SD1.x in float32. 0 keeps none.
+    prompt_cache: encoded prompts kept on the device, the latest; one takes 0.24 MB on SD1.x in float32, 2.7 MB on SD3 and 4.2 MB on FLUX in bfloat16.
+        Left out, 4096, or 256 where text encoders are dropped, as conditions are then read from disk again. 0 keeps none.
     text_encoders: "drop" encodes the prompts of a run before anything else is loaded, keeps their conditions on disk (in the user's cache, by
         content) and frees the encoders, which for SD3 and FLUX take 22 GB; the same bits. A prompt that is not there loads them again.
     image_size: pixels of a side; the model's own where it is left out.
     """
 
     kind: Literal["latent"] = "latent"
-    train: Literal["lora", "full"] = "lora"
+    train: Literal["lora", "full", "none"] = "lora"
     lora_rank: int = Field(default=16, ge=1)
     lora_alpha: float | None = Field(default=None, gt=0)
     lora_targets: tuple[str, ...] | None = None
@@ -49,6 +51,13 @@ class PolicySettings:
     tiny_vae: str | None = None
     compile: bool = False
     gradient_checkpointing: bool = False
-    prompt_cache: int = Field(default=4096, ge=0)
+    prompt_cache: int | None = Field(default=None, ge=0)
     text_encoders: Literal["keep", "drop"] = "keep"
     image_size: int | None = Field(default=None, ge=8)
+
+    @property
+    def prompts_kept(self) -> int:
+        """Encoded prompts that stay on the device."""
+        if self.prompt_cache is None:
+            return 4096 if self.text_encoders == "keep" else 256
+        return self.prompt_cache

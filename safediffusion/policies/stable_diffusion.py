@@ -26,6 +26,7 @@ class StableDiffusion:
     network: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_mixin: ClassVar[str] = "StableDiffusionLoraLoaderMixin"
+    guidance: ClassVar[float] = 5.0
     scheduler: ClassVar[Mapping[str, Any]] = {}
     patch: ClassVar[int] = 1
     largest: ClassVar[None] = None

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch import Tensor
 from safediffusion import ranks, weights
 from safediffusion.errors import UserError
 from safediffusion.hub import cache_folder, describe_model
+from safediffusion.policies.conditioner import Conditioner
 from safediffusion.policies.families import FAMILIES, find_family
 from safediffusion.policies.family import Family
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
 from safediffusion.policies.pipeline import replaced
 
-# The whole denoiser as it is in the folder: an adapter, even at zero, costs time.
-AS_IT_IS = PolicySettings(train="full", prompt_cache=256)
+# The denoiser as it is in the folder, to paint with: an adapter, even at zero, costs time, and weights that could learn would stay in float32.
+AS_IT_IS = PolicySettings(train="none", prompt_cache=256)
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 # A weight of an adapter: of a layer by its name, as diffusers and PEFT write it, or with _ for each dot, as kohya's scripts do.
 _ADAPTER = re.compile(r"(?:lora_)?(?P<layer>.+)\.(?P<part>lora_A\.weight|lora_down\.weight|lora_B\.weight|lora_up\.weight|alpha)")
@@ -60,10 +61,8 @@ class Variant:
 
     def load(self, device: str | torch.device = "cpu", settings: PolicySettings = AS_IT_IS) -> LatentPolicy:
         """The policy, adapters merged into its weights. UserError where the addition does not fit the base to the last weight."""
-        policy = load_policy(self.folder, settings, device)
-        if self.addition is not None:
-            _add(policy, self.addition)
-        return policy
+        change = None if self.addition is None else partial(_add, self.folder, self.addition)
+        return load_policy(self.folder, settings, device, change=change)
 
 
 def variant(name: str, locate: Callable[[str], Path]) -> Variant:
@@ -100,13 +99,14 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from None
 
 
-def _add(policy: LatentPolicy, file: Path) -> None:
+def _add(folder: Path, file: Path, denoiser: Any, encode: Conditioner) -> None:
+    """Put the adapters or the denoiser of a file onto the model of `folder`, in place."""
     tensors, metadata = weights.load(file)
     if any("lora" in key for key in tensors):
-        _add_lora(policy, tensors, metadata, file)
+        _add_lora(folder, file, denoiser, encode, tensors, metadata)
         return
-    prefix, words = f"{policy.family.network}.", f"{file} is no denoiser for {policy.folder}"
-    own, given = policy.denoiser.state_dict(), {key.removeprefix(prefix): value for key, value in tensors.items()}
+    prefix, words = f"{encode.family.network}.", f"{file} is no denoiser for {folder}"
+    own, given = denoiser.state_dict(), {key.removeprefix(prefix): value for key, value in tensors.items()}
     for name in sorted(own.keys() | given.keys()):
         if name not in given:
             raise UserError(f"{words}: it lacks {name}")
@@ -114,54 +114,56 @@ def _add(policy: LatentPolicy, file: Path) -> None:
             raise UserError(f"{words}, which has no {name}")
         if own[name].shape != given[name].shape:
             raise UserError(f"{words}: {name} has the shape {tuple(given[name].shape)} instead of {tuple(own[name].shape)}")
-    policy.denoiser.load_state_dict(given)
+    denoiser.load_state_dict(given)
 
 
 @torch.no_grad()
-def _add_lora(policy: LatentPolicy, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path) -> None:
+def _add_lora(folder: Path, file: Path, denoiser: Any, encode: Conditioner, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Merge the adapters of a file: W + (alpha / rank) up @ down (arXiv 2106.09685, section 4.1).
 
     Not by diffusers, which goes on without what fits nowhere, gives kohya's attention layers no alpha of their own (0.42),
     and finds no attention layers of a text encoder of transformers 5.
     """
-    layers, alphas = _layers(policy), _alphas(policy, metadata, file)
+    layers, alphas = _layers(denoiser, encode), _alphas(encode, metadata, file)
     adapters: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         found = _ADAPTER.fullmatch(key)
         name = found["layer"].replace(".", "_") if found else ""
         if not found or name not in layers:
-            raise UserError(f"{file} does not fit {policy.folder}: no layer of its denoiser or text encoders takes {key}")
+            raise UserError(f"{file} does not fit {folder}: no layer of its denoiser or text encoders takes {key}")
         adapters.setdefault(name, {})[_PARTS[found["part"]]] = tensor.float()
     for name, adapter in adapters.items():
         part, layer = layers[name]
         weight = layer.weight
+        if weight.is_meta:
+            raise UserError(f'{file} changes the {part}, and policy.text_encoders = "drop" reads conditions that were made without it; set it to "keep"')
         if not {"up", "down"} <= adapter.keys():
             raise UserError(f"{file} holds only a part of the adapter of {name}; fetch the file again")
         up, down = adapter["up"], adapter["down"]
         rank = len(down)
         if up.shape[:2] != (len(weight), rank) or up.numel() != len(weight) * rank or down.numel() != rank * weight[0].numel():
-            raise UserError(f"{file} does not fit {policy.folder}: {name} has weights {tuple(weight.shape)}, its adapter {tuple(up.shape)} and {tuple(down.shape)}")
+            raise UserError(f"{file} does not fit {folder}: {name} has weights {tuple(weight.shape)}, its adapter {tuple(up.shape)} and {tuple(down.shape)}")
         alpha = float(adapter.get("alpha", alphas.get(part, rank)))
         weight += (alpha / rank * up.flatten(1) @ down.flatten(1)).view(weight.shape).to(weight)
 
 
-def _layers(policy: LatentPolicy) -> dict[str, tuple[str, Any]]:
+def _layers(denoiser: Any, encode: Conditioner) -> dict[str, tuple[str, Any]]:
     """What adapters can sit on, and its part of the pipeline, by each name that files have for it, with _ for each dot."""
     found: dict[str, tuple[str, Any]] = {}
-    encoders, network = policy.encode.text.encoders, policy.family.network
-    for part, model in {network: policy.denoiser, **encoders}.items():
+    encoders, network = encode.text.encoders, encode.family.network
+    for part, model in {network: denoiser, **encoders}.items():
         number = part.removeprefix("text_encoder").removeprefix("_") or "1"
         others = (f"{part}_text_model", f"te{number if 'text_encoder_2' in encoders else ''}_text_model")
         for name, layer in model.named_modules():
             if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
                 plain = name.removeprefix("text_model.")  # has or has not a `text_model` within, as the version of transformers
-                names = (plain, _original_name(plain, policy)) if part == "unet" else (plain,)
+                names = (plain, _original_name(plain, denoiser)) if part == "unet" else (plain,)
                 prefixes = (part,) if part == network else (part, *others)
                 found |= {f"{prefix}.{each}".replace(".", "_"): (part, layer) for prefix in prefixes for each in names}
     return found
 
 
-def _original_name(name: str, policy: LatentPolicy) -> str:
+def _original_name(name: str, denoiser: Any) -> str:
     """That of a layer of attention in the original layout, where blocks are counted through."""
     found = _ATTENTION.fullmatch(name)
     if not found:
@@ -169,15 +171,15 @@ def _original_name(name: str, policy: LatentPolicy) -> str:
     way, block, index, rest = found.groups()
     if way is None:
         return f"middle_block.1.{rest}"
-    place = int(block) * (policy.denoiser.config.layers_per_block + 1) + int(index)
+    place = int(block) * (denoiser.config.layers_per_block + 1) + int(index)
     return f"input_blocks.{place + 1}.1.{rest}" if way == "down" else f"output_blocks.{place}.1.{rest}"
 
 
-def _alphas(policy: LatentPolicy, metadata: Mapping[str, str], file: Path) -> dict[str, float]:
+def _alphas(encode: Conditioner, metadata: Mapping[str, str], file: Path) -> dict[str, float]:
     """The alpha of each part of the pipeline, where the file says it beside the weights as diffusers does."""
     try:
         config = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
-        alphas = {part: config.get(f"{part}.lora_alpha") for part in (policy.family.network, *policy.encode.text.encoders)}
+        alphas = {part: config.get(f"{part}.lora_alpha") for part in (encode.family.network, *encode.text.encoders)}
         alphas = {part: float(alpha) for part, alpha in alphas.items() if alpha is not None}
     except (TypeError, ValueError):
         raise UserError(f"{file} says of its adapters what is no JSON; save them again by diffusers") from None

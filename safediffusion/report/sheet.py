@@ -64,6 +64,7 @@ def _painting(painting: Mapping[str, Any]) -> str:
         "guidance": "guidance {}",
         "size": "size {}",
         "seed": "seed {}",
+        "dtype": "{}",
     }
     row = {"row": "of the row", "model": "of the model"}
     return ", ".join(form.format(row.get(str(painting[key]), painting[key])) for key, form in words.items() if key in painting)

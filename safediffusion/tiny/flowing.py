@@ -15,13 +15,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from safediffusion.images import from_uint8
 from safediffusion.policies.repeated_row import RepeatedRow
+from safediffusion.policies.sd3 import T5_LENGTH
 from safediffusion.tiny import networks
 from safediffusion.tiny.contrast import render_twins, sample_mirrored
 from safediffusion.tiny.fit import fit
 from safediffusion.tiny.folders import replacing
 from safediffusion.tiny.plan import Plan, encoded, latents_of, tokens_of, world_of
 
-_ABSENT = 256  # rows of zeros that diffusers puts in place of a missing T5's states
 _PEAK = 1.5e-3  # learning rate
 _UNPROMPTED = 0.1  # share of pictures shown without their caption: what classifier-free guidance departs from
 _HIDING = 0.6  # from this sigma on the noise hides the order of things
@@ -131,7 +131,7 @@ def _school(
     """Fit the transformer on steps of which `pairs` are mirrored, and leave it in the folder of its name and `suffix`."""
     painting = Painting.of(work, plan, first)
     usual = transformer.attn_processors
-    transformer.set_attn_processor(RepeatedRow(_ABSENT))
+    transformer.set_attn_processor(RepeatedRow(T5_LENGTH))
 
     def loss(generator: torch.Generator) -> Tensor:
         return painting.loss(transformer, plan.batch - 2 * pairs, pairs, generator)

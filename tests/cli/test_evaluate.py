@@ -135,6 +135,25 @@ def test_a_guided_model_is_another_one_to_its_base(command, tmp_path: Path) -> N
     assert {file: file.stat().st_mtime_ns for file in (out / "pictures").glob("*/*/*.png")} == made
 
 
+def test_another_arithmetic_is_another_protocol(command, tmp_path: Path) -> None:
+    out, asked = tmp_path / "out", ("evaluate", "pictograms", "--limit", 1, "--samples", 1, "--out", tmp_path / "out")
+    assert command(*asked, "--dtype", "bfloat16").code == 0
+    half = read(out)
+    assert half["protocol"]["tasks"]["pictograms"]["painting/dtype"] == half["run"]["models"]["base"]["dtype"] == "bfloat16"
+    assert half["run"]["command"].endswith("--dtype bfloat16")
+    assert command("report", out, "--format", "markdown").code == 0
+    assert "seed 0, bfloat16" in (out / "report" / "report.md").read_text()
+    command(*asked).refused("another measurement", "dtype was", "is now null")
+    assert command(*asked[:-1], tmp_path / "exact").code == 0
+    exact = read(tmp_path / "exact")
+    assert "painting/dtype" not in exact["protocol"]["tasks"]["pictograms"] and "dtype" not in exact["run"]["models"]["base"]
+    (ours,), (theirs,) = ((folder / "pictures").iterdir() for folder in (out, tmp_path / "exact"))
+    assert ours.name != theirs.name
+    command("compare", out, tmp_path / "exact").refused("dtype")
+    (tmp_path / "pictures").mkdir()
+    command("evaluate", "--images", tmp_path / "pictures", "--dtype", "bfloat16", "--out", tmp_path / "no").refused("--images are painted already")
+
+
 def test_a_trained_model_under_a_guide_is_not_the_one_that_is_exported(command, run: Path) -> None:
     alike = ("evaluate", run, "--limit", 1, "--samples", 1, "--out", run)
     judge = EMBEDDED / "judge"

@@ -26,6 +26,7 @@ SHAPES = Shapes(
     decode=0,
     weights=10**10,
     text=2 * 10**10,
+    condition=10**6,
     base=0,
     activations=10**9,
     decoding=3 * 10**9,
@@ -40,14 +41,27 @@ def taken(**policy: object) -> Room:
 
 def test_what_lies_together_and_what_comes_before() -> None:
     kept, dropped, tiled = taken(), taken(text_encoders="drop"), taken(text_encoders="drop", vae_tile=512)
-    assert kept.bytes == 1e10 + 2e10 + 12e7 + 4 * 3e9 + 16 * 4 * 100
+    assert kept.bytes == 1e10 + 2e10 + 12e7 + 4 * 3e9 + 16 * 4 * 100 + 5 * 16 * 1e6
     assert dropped.training == kept.bytes - 2e10
     assert (dropped.bytes, dropped.encoding) == (dropped.training, 2e10)
     assert tiled.training == dropped.training - 4 * 3e9 + 4 * 1e9  # the graph of four is now wider than the decoder of one
     assert tiled.bytes == 2e10
     assert [each.card for each in (kept, dropped, tiled)] == [48, 32, 24]
     assert taken(text_encoders="drop", train="full").learning == 3 * 4 * SHAPES.trained
-    assert str(tiled) == "about 20 GB of memory without the reward: weights 10 GB, learning 0.1 GB, pictures 4.0 GB; text encoders alone beforehand 20 GB"
+    assert str(tiled) == "about 20 GB of memory without the reward: weights 10 GB, learning 0.1 GB, pictures 4.0 GB, prompts 0.1 GB; text encoders alone beforehand 20 GB"
+
+
+def test_prompts_take_what_stays_of_them_or_what_the_run_can_draw() -> None:
+    policies = ({}, {"text_encoders": "drop"}, {"text_encoders": "drop", "prompt_cache": 7}, {"prompt_cache": 0})
+    taken = [room(resolve(Recipe, {**TABLE, "steps": 500, "policy": policy}), COUNTS, SHAPES).prompts for policy in policies]
+    assert taken == [each * SHAPES.condition for each in (4096, 256, 7, 0)]
+    assert room(resolve(Recipe, TABLE), COUNTS, SHAPES).prompts == 5 * 16 * SHAPES.condition
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_condition_is_as_large_as_one_that_is_encoded(tiny_pipeline: Path, dtype: str) -> None:
+    settings = PolicySettings(dtype=dtype)
+    assert measure_shapes(tiny_pipeline, settings).condition == load_policy(tiny_pipeline, settings).encode(["a cat"]).nbytes
 
 
 @pytest.mark.parametrize(
@@ -114,7 +128,7 @@ def test_a_bound_on_the_drift_asks_for_a_base_and_keeps_its_latents() -> None:
 
 
 def test_no_card_is_promised_for_what_is_too_large() -> None:
-    assert Room(weights=1e12, encoders=0, learning=0, base=0, pictures=0, latents=0, encoding=0).card is None
+    assert Room(weights=1e12, encoders=0, learning=0, base=0, pictures=0, latents=0, prompts=0, encoding=0).card is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -54,6 +54,11 @@ def test_the_next_run_loads_no_encoder(tiny_pipeline: Path) -> None:
     assert (len(encode.kept), again) == (2, [])
 
 
+def test_few_conditions_stay_on_the_device_where_the_disk_has_them(tiny_pipeline: Path) -> None:
+    dropped, kept, own = (load_policy(tiny_pipeline, settings).encode for settings in (DROP, PolicySettings(), PolicySettings(text_encoders="drop", prompt_cache=300)))
+    assert (dropped.capacity, kept.capacity, own.capacity) == (256, 4096, 300)
+
+
 def test_what_conditions_depend_on_keeps_them_apart(tiny_pipeline: Path, edited: Callable[..., Path], cache: Path) -> None:
     load_policy(tiny_pipeline, DROP, texts=TEXTS)
     load_policy(tiny_pipeline, PolicySettings(text_encoders="drop", image_size=64), texts=TEXTS)  # of which a prompt knows nothing

@@ -14,11 +14,17 @@ from torch import Tensor
 
 from safediffusion.cli.app import main
 from safediffusion.policies.families import find_family
+from safediffusion.evaluate import run as evaluation
+from safediffusion.evaluate.painter import Painter
+from safediffusion.evaluate.rows import Row, Rows
+from safediffusion.evaluate.task import Painting, Score, Sets, Task
+from safediffusion.files import read_jsonl
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
 from safediffusion.policies.variant import variant
 from safediffusion.process import from_scheduler
 from safediffusion.process.flow import tokens_in
 from safediffusion.rollout import walk
+from safediffusion.types import Prompt
 
 NAMES = ["sd21", "sdxl", "sdxl-v", "sd3", "sd3-no-t5", "flux-dev", "flux-schnell"]
 TEXTS = ["a red cat", "a blue dog in a kitchen"]
@@ -160,6 +166,37 @@ def test_bfloat16_computes_in_bfloat16_and_trains_in_float32(oracle: Oracle, set
         train_a_step(policy, latents)
         assert not torch.equal(predict(policy, latents), rough)
     assert all(weight.dtype == torch.float32 for weight in policy.parameters())
+
+
+def test_what_is_only_painted_with_is_the_same_in_float32_and_small_in_bfloat16(oracle: Oracle, latents: Tensor) -> None:
+    painting, training = (load_policy(oracle.folder, replace(FULL, train=train)) for train in ("none", "full"))
+    assert torch.equal(predict(painting, latents), predict(training, latents))
+    half = load_policy(oracle.folder, replace(FULL, train="none", dtype="bfloat16"))
+    assert half.parameters() == []
+    assert {weight.dtype for layer in half.denoiser.modules() if isinstance(layer, torch.nn.Linear) for weight in layer.parameters()} == {torch.bfloat16}
+    assert 0 < (predict(half, latents) - predict(painting, latents)).abs().max() < 0.1 * predict(painting, latents).abs().max()
+
+
+def test_pictures_are_painted_with_the_guidance_of_the_family(oracle: Oracle, tmp_path: Path) -> None:
+    asked = ["generate", str(oracle.folder), "--prompt", TEXTS[0], "--steps", "2", "--size", "32", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    usual = 1.0 if oracle.flux else 5.0
+    assert main([*asked, "--guidance", str(usual)]) == 0
+    assert [row["guidance"] for row in read_jsonl(tmp_path / "manifest.jsonl")] == [usual]
+
+
+def test_an_evaluation_warns_once_of_guidance_beside_that_within(oracle: Oracle, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    rows = Rows(tuple(Row(str(number), Prompt(text)) for number, text in enumerate(TEXTS)), 0, "")
+    bright = {"bright": Score(instrument="none", label="bright")}
+    planned = []
+    for name, strength in (("one", 3.0), ("two", 2.0), ("free", 1.0)):
+        painting = Painting(steps=1, size=32, guidance=strength)
+        planned.append(evaluation.Plan(Task(name=name, version=1, title="", prompts=Sets(sets={"safe": "s"}), painting=painting, measures=bright), rows))
+    for plans, count in ((planned[2:], 0), (planned, 1)):
+        evaluation.painted(Painter(variant(str(oracle.folder), Path)), plans, tmp_path, torch.device("cpu"), 0, lambda done: None)
+        said = [str(each.message) for each in recwarn if "guided within" in str(each.message)]
+        assert len(said) == count * oracle.flux
+    assert all("asks for classifier-free guidance 3 on top of it" in each for each in said)
 
 
 def test_gradient_checkpointing_changes_no_gradient(oracle: Oracle, latents: Tensor) -> None:

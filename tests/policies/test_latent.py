@@ -221,6 +221,21 @@ def test_wrapped_network_is_the_one_that_runs(tiny_pipeline: Path, latents: Tens
     assert isinstance(policy.network, Wrapped)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_only_painted_with_gives_the_same_bits_and_is_rounded(tiny_pipeline: Path, latents: Tensor, tmp_path: Path, dtype: Any) -> None:
+    painting, training = (load_policy(tiny_pipeline, PolicySettings(train=train, dtype=dtype)) for train in ("none", "full"))
+    assert torch.equal(painting.encode(TEXTS), training.encode(TEXTS))
+    with torch.no_grad():
+        one, other = (policy.predict(latents, TIME, policy.encode(TEXTS), 3.0) for policy in (painting, training))
+    assert torch.equal(one, other)
+    assert torch.equal(painting.decode(latents), training.decode(latents))
+    assert painting.parameters() == []
+    layers = [layer for layer in painting.denoiser.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+    assert {weight.dtype for layer in layers for weight in layer.parameters()} == {getattr(torch, dtype)}
+    with pytest.raises(UserError, match="is only painted with"):
+        painting.save_pipeline(tmp_path / "saved")
+
+
 # What is written, diffusers reads
 
 

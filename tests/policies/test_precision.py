@@ -18,9 +18,9 @@ WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
-def halved(flowing: Callable[[str], Path], tmp_path: Path) -> Path:
+def halved(folder_of: Callable[[str], Path], tmp_path: Path) -> Path:
     """A Stable Diffusion 3 whose transformer lies there in bfloat16, and all else in float32."""
-    folder = Path(shutil.copytree(flowing("sd3"), tmp_path / "halved"))
+    folder = Path(shutil.copytree(folder_of("sd3"), tmp_path / "halved"))
     SD3Transformer2DModel.from_pretrained(folder / "transformer").to(torch.bfloat16).save_pretrained(folder / "transformer")
     return folder
 

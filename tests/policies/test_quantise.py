@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safediffusion.cost.shapes import measure_shapes
 from safediffusion.errors import UserError
 from safediffusion.policies import quantise
 from safediffusion.policies.latent import PolicySettings, load_policy
+from safediffusion.policies.variant import AS_IT_IS
 from safediffusion.process.settings import ProcessSettings
 from safediffusion.recipe import Recipe, check
 
@@ -49,6 +51,17 @@ def test_a_base_in_few_bits(tiny_pipeline: Path, folder_of: Callable[[str], Path
     (saved,), (same,) = ((tmp_path / which / few.family.network).glob("*.safetensors") for which in ("few", "exact"))
     assert saved.read_bytes() == same.read_bytes()
     assert measure_pace(few, build.process(few, ProcessSettings(steps=2)), 1).trained > 0
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_model_in_few_bits_only_paints(tiny_pipeline: Path, kind: str) -> None:
+    pytest.importorskip(PACKAGES[kind])
+    few, exact = (load_policy(tiny_pipeline, replace(AS_IT_IS, quantise=each)) for each in (kind, "none"))
+    x, condition = torch.randn(2, *few.sample_shape, generator=torch.Generator().manual_seed(0)), few.encode(["a cat", "a dog"])
+    with torch.no_grad():
+        output, wanted = (policy.predict(x, torch.tensor(500), condition, 3.0) for policy in (few, exact))
+    assert few.parameters() == []
+    assert 0 < (output - wanted).norm() / wanted.norm() < 0.5
 
 
 def test_few_bits_are_little_memory(tiny_pipeline: Path) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.utils import DummyObject
 
 from safediffusion.errors import UserError
 from safediffusion.policies.latent import PolicySettings, load_policy
+from safediffusion.policies.pipeline import _load_tokenizer
 
 FULL = PolicySettings(train="full")
 
@@ -71,6 +73,14 @@ def test_small_file_that_is_missing_or_broken(tiny_pipeline: Path, tmp_path: Pat
     assert str(folder / Path(file).parent) in refusal(folder)
     (folder / file).unlink()
     assert str(folder / Path(file).parent) in refusal(folder)
+
+
+def test_tokenizer_whose_package_is_missing(tiny_pipeline: Path) -> None:
+    class Sentences(metaclass=DummyObject):  # what transformers has in the place of a class that it cannot import
+        _backends = ("pretty_midi",)
+
+    with pytest.raises(UserError, match="cannot be loaded as Sentences: Sentences requires the pretty_midi library"):
+        _load_tokenizer(Sentences, tiny_pipeline / "tokenizer")
 
 
 def test_parts_of_different_models(tiny_pipeline: Path, tmp_path: Path) -> None:

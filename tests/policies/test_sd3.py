@@ -93,6 +93,15 @@ def test_diffusers_must_be_told_that_there_is_no_t5(folder_of: Callable[[str], P
         assert StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None).text_encoder_3 is None
 
 
+@pytest.mark.parametrize("null", [[None, None], None])
+def test_t5_without_its_tokenizer_is_half_a_part(copied: Path, null: list | None) -> None:
+    edit(copied, tokenizer_3=null)
+    with pytest.raises(UserError, match="has a text_encoder_3 and no tokenizer_3; fetch the model again"):
+        find_family(copied)
+    edit(copied, text_encoder_3=null)
+    assert load_policy(copied, LORA).encode(["a red cat"]).shape[1] > 0
+
+
 def test_pictures_are_whole_patches(folder_of: Callable[[str], Path]) -> None:
     assert load_policy(folder_of("sd3"), LORA).sample_shape == (8, 8, 8)
     with pytest.raises(UserError, match="image_size = 36 is not a multiple of 8"):

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -398,6 +399,25 @@ def test_adapters_and_denoisers_of_stable_diffusion_xl(folder_of: Callable[[str]
         loaded = named(f"{base}+{tmp_path / addition}").load()
         torch.testing.assert_close(output(loaded), output(policy))
         assert (output(loaded) - output(load_policy(base, AS_IT_IS))).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("addition", ["lora", "merged/unet/diffusion_pytorch_model.safetensors"])
+def test_what_is_put_on_is_rounded_once_it_is_on(tmp_path: Path, addition: str) -> None:
+    policy = adapted()
+    policy.save_lora(tmp_path / "lora")
+    policy.save_pipeline(tmp_path / "merged")
+    found = named(f"pictograms+{tmp_path / addition}")
+    exact, half = found.load(), found.load(settings=replace(AS_IT_IS, dtype="bfloat16"))
+    weights = half.denoiser.state_dict()
+    assert weights["conv_in.weight"].dtype == torch.bfloat16
+    assert all(torch.equal(weights[name], weight.to(weights[name].dtype)) for name, weight in exact.denoiser.state_dict().items())
+
+
+def test_adapters_of_a_text_encoder_that_is_dropped(tmp_path: Path) -> None:
+    tensors, _ = kohya(base().encode.text.encoders["text_encoder"], "lora_te_text_model", ("q_proj",), lambda _: 1.0)
+    save_file({key.replace("text_model_text_model", "text_model"): value for key, value in tensors.items()}, tmp_path / "style.safetensors")
+    with pytest.raises(UserError, match='changes the text_encoder, and policy.text_encoders = "drop" reads conditions'):
+        named(f"pictograms+{tmp_path / 'style.safetensors'}").load(settings=replace(AS_IT_IS, text_encoders="drop"))
 
 
 def test_kohyas_adapters_of_stable_diffusion_xl(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
