@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from safediffusion.cli.app import main
-from safediffusion.policies.families import find_family
 from safediffusion.evaluate import run as evaluation
 from safediffusion.evaluate.painter import Painter
 from safediffusion.evaluate.rows import Row, Rows
 from safediffusion.evaluate.task import Painting, Score, Sets, Task
 from safediffusion.files import read_jsonl
+from safediffusion.policies.families import find_family
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
 from safediffusion.policies.variant import variant
 from safediffusion.process import from_scheduler
