@@ -1,7 +1,8 @@
 """Hazards that hide: what a guard learns from, so that a model which is trained against it does not find what it overlooks.
 
-A guard that had seen whole hazards alone was led astray by the models that it held to a budget: they painted dark discs, skulls to others and none to
-it (LOG.md section 9). It therefore calls a hazard what is one in other colours, with details missing, or halfway to something harmless.
+A guard that had seen whole hazards alone was led astray by the models that it held to a budget: they painted dark discs and orange ones, hazards
+to others and none to it (LOG.md section 9). It therefore calls a hazard what is one in other colours, with details missing, in the outline of
+a shape, or halfway to something harmless.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ _FURTHEST = 0.6  # of the way to a harmless picture
 
 @dataclass(frozen=True, eq=False)
 class Disguises:
-    """The pictures of a world drawn otherwise, uint8 `(N, 32, 32, 3)`: with hazards that lack details, without hazards, and with another shape for everything."""
+    """The pictures of a world drawn otherwise, uint8 `(N, 32, 32, 3)`.
+
+    With hazards that lack details, with hazards in the outline of a shape, without hazards, and with another shape for everything.
+    """
 
     rough: np.ndarray
+    dressed: np.ndarray
     bare: np.ndarray
     changed: np.ndarray
 
@@ -35,18 +40,22 @@ class Disguises:
         drawn = list(zip(world.pixels, world.scenes, unsafe, strict=True))
         return cls(
             rough=np.stack([draw(scene, 0.5, (seed, i)) if hides else pixels for i, (pixels, scene, hides) in enumerate(drawn)]),
+            dressed=np.stack([draw(scene, 0.25, (seed, i), dressed=True) if hides else pixels for i, (pixels, scene, hides) in enumerate(drawn)]),
             bare=np.stack([draw(_bare(scene)) if hides else pixels for pixels, scene, hides in drawn]),
             changed=np.stack([draw(_changed(np.random.default_rng((seed, i)), scene)) for i, scene in enumerate(world.scenes)]),
         )
 
     def __call__(self, world: World, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Float `(B, 3, 32, 32)`: a third of the hazards in other colours, a third without some details, and half of all pictures on the way to others."""
-        rough, bare, changed = (from_uint8(drawn[index.numpy()]) for drawn in (self.rough, self.bare, self.changed))
+        """Float `(B, 3, 32, 32)`: a quarter of the hazards each in other colours, without some details, and in a shape's outline.
+
+        Half of all pictures are on the way to others.
+        """
+        rough, dressed, bare, changed = (from_uint8(drawn[index.numpy()]) for drawn in (self.rough, self.dressed, self.bare, self.changed))
         images = world.images(index)
         turn, step, gain = (torch.rand(len(images), channels, 1, 1, generator=generator) for channels in (1, 1, 3))
         # Harmless things keep their colours: shown in any, a dark disc would be a harmless one.
         coloured = torch.where((images != bare).any(1, keepdim=True), (0.5 + (2 * gain - 1) * (images - 0.5)).clamp(0, 1), images)
-        images = torch.where(turn < 1 / 3, coloured, torch.where(turn > 2 / 3, rough, images))
+        images = torch.where(turn < 1 / 4, coloured, torch.where(turn < 1 / 2, rough, torch.where(turn < 3 / 4, dressed, images)))
         return torch.lerp(images, changed, _FURTHEST * (2 * step - 1).clamp(min=0))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from safediffusion.tiny.scenes import SIZE, Painted, Scene
+from safediffusion.tiny.scenes import HAZARDS, SHAPES, SIZE, Painted, Scene
 
 Array = np.ndarray
 Distance = Callable[[Array, Array], Array]
@@ -112,20 +112,26 @@ GLYPHS: dict[str, tuple[tuple[Distance, tuple[int, int, int] | None], ...]] = {
 _Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64) + 0.5
 
 
-def _paint(canvas: Array, thing: Painted, left_out: float, rng: np.random.Generator) -> None:
+def _paint(canvas: Array, thing: Painted, left_out: float, dressed: bool, rng: np.random.Generator) -> None:
     x, y = (_X - thing.x) / thing.radius, (_Y - thing.y) / thing.radius
     body, *details = GLYPHS[thing.kind]
+    if dressed and thing.kind in HAZARDS:
+        body = GLYPHS[str(rng.choice(SHAPES))][0][0], body[1]
     for distance, colour in (body, *(each for each in details if not left_out or rng.random() >= left_out)):
         # Coverage of a pixel by a half-plane at signed distance d (in pixels) is close to 1/2 - d.
         cover = np.clip(0.5 - distance(x, y) * thing.radius, 0, 1)[..., None]
         canvas += cover * (np.asarray(RGB[thing.colour] if colour is OBJECT else colour) - canvas)
 
 
-def draw(scene: Scene, left_out: float = 0.0, seed: tuple[int, ...] = (0,)) -> Array:
-    """The picture of a scene, uint8 `(32, 32, 3)`; of the details of its glyphs the share `left_out`, by chance, is not drawn."""
+def draw(scene: Scene, left_out: float = 0.0, seed: tuple[int, ...] = (0,), dressed: bool = False) -> Array:
+    """The picture of a scene, uint8 `(32, 32, 3)`.
+
+    left_out: the share of the details of its glyphs that is not drawn, by chance.
+    dressed: hazards have their colours and details and the outline of a shape, by chance which.
+    """
     rng = np.random.default_rng(seed)
     canvas = np.empty((SIZE, SIZE, 3))
     canvas[:] = BACKGROUNDS[scene.background]
     for thing in scene.objects:
-        _paint(canvas, thing, left_out, rng)
+        _paint(canvas, thing, left_out, dressed, rng)
     return np.round(canvas).astype(np.uint8)

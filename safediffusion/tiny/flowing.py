@@ -21,6 +21,7 @@ from safediffusion.tiny.contrast import render_twins, sample_mirrored
 from safediffusion.tiny.fit import fit
 from safediffusion.tiny.folders import replacing
 from safediffusion.tiny.plan import Plan, encoded, latents_of, tokens_of, world_of
+from safediffusion.tiny.scenes import DANGER_TONES, parse
 
 _PEAK = 1.5e-3  # learning rate
 _UNPROMPTED = 0.1  # share of pictures shown without their caption: what classifier-free guidance departs from
@@ -52,6 +53,7 @@ class Painting:
     states: Tensor  # (U, L + 1, D), the last row for the zeros in place of a T5's
     pooled: Tensor  # (U, D); row 0 is the empty caption
     world: int  # pictures of the world
+    hinted: Tensor  # which of them have a caption that sounds dangerous and names nothing that is
 
     @classmethod
     def of(cls, work: Path, plan: Plan, first: int) -> Painting:
@@ -66,15 +68,21 @@ class Painting:
         encoders = text_encoders(CLIPTextModel.from_pretrained(work / "out" / "text_encoder_settled"))
         states, pooled = conditions(encoders, tokens_of(tokenizer, list(number)))
         states = F.pad(states, (0, 0, 0, 1))
-        return cls(every, torch.tensor([number[caption] for caption in captions[1:]]), states, pooled, len(latents))
+        contents = [parse(caption) for caption in world.captions]
+        hinted = [i for i, content in enumerate(contents) if content.tone in DANGER_TONES and not content.names_hazard]
+        return cls(every, torch.tensor([number[caption] for caption in captions[1:]]), states, pooled, len(latents), torch.tensor(hinted))
 
-    def loss(self, transformer: SD3Transformer2DModel, count: int, pairs: int, generator: torch.Generator) -> Tensor:
+    def loss(self, transformer: SD3Transformer2DModel, count: int, pairs: int, hinted: int, generator: torch.Generator) -> Tensor:
         """Velocity prediction (rectified flow, arXiv 2209.03003, 2403.03206) on `count` pictures of the world and `pairs` mirrored ones.
+
+        Of the world's, `hinted` are drawn from those that only hint at a hazard.
 
         Times are stratified and lean towards noise. Both of a pair get the same noise and a time at which it still hides
         the order: only the caption tells them apart.
         """
         own = torch.randint(self.world, (count,), generator=generator)
+        if hinted:
+            own[torch.randperm(count, generator=generator)[:hinted]] = self.hinted[torch.randint(len(self.hinted), (hinted,), generator=generator)]
         first = self.world + 2 * torch.randint((len(self.latents) - self.world) // 2, (pairs,), generator=generator)
         index = torch.cat([own, first, first + 1])
         noise = torch.randn((count + pairs, *self.latents.shape[1:]), generator=generator)
@@ -125,16 +133,36 @@ def flow_settle(work: Path, plan: Plan, first: int) -> None:
     _school("flow_settle", "_settled", transformer, work, plan, first, first + 10, plan.flow_settle, plan.batch // 24, rate)
 
 
+def flow_hints(work: Path, plan: Plan, first: int) -> None:
+    """What a caption only hints at is painted half as often as the world has it: a quarter of a step are hints, and no pairs any more."""
+    transformer = SD3Transformer2DModel.from_pretrained(work / "out" / "transformer_settled").train()
+
+    def rate(step: int) -> float:
+        return 8e-4 * min((step + 1) / 100, 1 - step / plan.flow_hints)
+
+    _school("flow_hints", "_hinted", transformer, work, plan, first, first + 11, plan.flow_hints, 0, rate, hinted=plan.batch // 4)
+
+
 def _school(
-    name: str, suffix: str, transformer: SD3Transformer2DModel, work: Path, plan: Plan, first: int, seed: int, steps: int, pairs: int, rate: Callable[[int], float]
+    name: str,
+    suffix: str,
+    transformer: SD3Transformer2DModel,
+    work: Path,
+    plan: Plan,
+    first: int,
+    seed: int,
+    steps: int,
+    pairs: int,
+    rate: Callable[[int], float],
+    hinted: int = 0,
 ) -> None:
-    """Fit the transformer on steps of which `pairs` are mirrored, and leave it in the folder of its name and `suffix`."""
+    """Fit the transformer on steps with so many mirrored pairs and pictures that are hinted at, and leave it in the folder of its name and `suffix`."""
     painting = Painting.of(work, plan, first)
     usual = transformer.attn_processors
     transformer.set_attn_processor(RepeatedRow(T5_LENGTH))
 
     def loss(generator: torch.Generator) -> Tensor:
-        return painting.loss(transformer, plan.batch - 2 * pairs, pairs, generator)
+        return painting.loss(transformer, plan.batch - 2 * pairs, pairs, hinted, generator)
 
     fit(name, transformer, loss, work, steps=steps, peak=_PEAK, rate=rate, seed=seed, ema=0.999, checkpoint_every=plan.checkpoint_every)
     transformer.set_attn_processor(usual)

@@ -20,7 +20,7 @@ from safediffusion.tiny.scenes import SIZE
 
 PARTS = ("detector", "guard", "pipeline", "flow", "reward", "judge")
 _BASES = ("base_settle", "base_upright", "base_order", "base")  # checkpoints of the base, the newest stage first
-_FLOWS = ("flow_settle", "flow")
+_FLOWS = ("flow_hints", "flow_settle", "flow")
 LIMIT = 24_000_000  # bytes in all: the wheel carries them
 # What a CLIPModel is fed with. transformers can write this file only where torchvision is installed.
 _PIXELS = {

@@ -32,6 +32,7 @@ class Plan:
     base_settle: int = 300
     flow: int = 3_250
     flow_settle: int = 5_000
+    flow_hints: int = 3_000
     pictures: int = 60_000
     twins: int = 30_000
     mirrored: int = 12_000

@@ -22,7 +22,7 @@ from safediffusion.tiny import networks
 from safediffusion.tiny.contrast import cached_twins, contrast_loss, render_twins, sample_mirrored
 from safediffusion.tiny.disguise import Disguises
 from safediffusion.tiny.fit import fit
-from safediffusion.tiny.flowing import flow, flow_settle
+from safediffusion.tiny.flowing import flow, flow_hints, flow_settle
 from safediffusion.tiny.folders import replacing
 from safediffusion.tiny.plan import Plan, world_of
 from safediffusion.tiny.pretrain import autoencoder_loss, cached_world, detector_loss, detector_targets, hazard_loss, hazard_targets, worn
@@ -164,4 +164,5 @@ TRAINING = {
     "base_settle": Stage(base_settle, "text_encoder_settled/model.safetensors", ("base_upright",)),
     "flow": Stage(flow, "transformer/diffusion_pytorch_model.safetensors", ("base_settle",)),
     "flow_settle": Stage(flow_settle, "transformer_settled/diffusion_pytorch_model.safetensors", ("flow",)),
+    "flow_hints": Stage(flow_hints, "transformer_hinted/diffusion_pytorch_model.safetensors", ("flow_settle",)),
 }

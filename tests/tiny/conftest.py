@@ -21,6 +21,7 @@ def short_plan():
         base_settle=3,
         flow=3,
         flow_settle=3,
+        flow_hints=3,
         pictures=96,
         twins=48,
         mirrored=24,
