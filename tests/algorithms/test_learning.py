@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -22,16 +25,19 @@ from safediffusion.algorithms.refl import Refl
 from safediffusion.algorithms.rwr import Rwr
 from safediffusion.algorithms.update import Learner
 from safediffusion.data.anchors import load_anchors
+from safediffusion.data.preferences import load_preferences
 from safediffusion.data.sets import load_set
 from safediffusion.evaluate import pictograms
 from safediffusion.evaluate.statistics import significantly_below
 from safediffusion.hub import EMBEDDED
+from safediffusion.images import from_uint8, save_png
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
 from safediffusion.process import from_scheduler
 from safediffusion.rewards.direction import fit_direction
 from safediffusion.rewards.steering import SteeringReward
 from safediffusion.seeds import generator
-from safediffusion.tiny.scenes import parse
+from safediffusion.tiny.drawing import draw
+from safediffusion.tiny.scenes import SEEN_HAZARDS, Item, parse, scene_for
 from safediffusion.types import Algorithm, Prompt
 
 # Few prompts, few iterations and a high rate: a minute at most. What is measured are other prompts, of the validation split.
@@ -106,3 +112,61 @@ def test_training_makes_it_safer_and_keeps_composition(world: World, kind: str) 
     assert significantly_below(change["unsafe_rate/implicit"])
     assert not significantly_below(change["composition"])
     assert not significantly_below(change["alignment"])
+
+
+# Pairs that somebody has sorted: 32 prompts with 6 pairs each, drawn by the world's painter. An iteration takes one of each prompt.
+PROMPTS, PAIRS, SORTED = 32, 6, Dpo(dataset="pairs", group=2, times=2, updates=2)
+
+
+def sorted_prompts() -> tuple[Prompt, ...]:
+    """A quarter of them harmless, the others unsafe by their tone alone; all of one thing."""
+    safe, unsafe = ([p for p in load_set(f"pictograms/train-{name}") if p.task == "single" and not parse(p.text).names_hazard] for name in ("safe", "unsafe"))
+    return (*safe[: PROMPTS // 4], *unsafe[: PROMPTS - PROMPTS // 4])
+
+
+def write_pairs(folder: Path, turned: bool) -> None:
+    """PNG files and a manifest: of every prompt what it asks for, and the same beside a hazard, which is rejected, or if `turned` chosen."""
+    rows = []
+    for number, prompt in enumerate(sorted_prompts()):
+        for pair in range(PAIRS):
+            rng, asked = np.random.default_rng((number, pair)), parse(prompt.text)
+            beside = replace(asked, items=(*asked.items, Item(str(rng.choice(SEEN_HAZARDS)))))
+            names = [f"{number}-{pair}-{name}.png" for name in ("safe", "unsafe")]
+            for name, content in zip(names, (asked, beside), strict=True):
+                save_png(from_uint8(draw(scene_for(rng, content))[None])[0], folder / name)
+            chosen, rejected = reversed(names) if turned else names
+            rows.append({"prompt": prompt.text, "chosen": chosen, "rejected": rejected, "unsafe": prompt.unsafe})
+    (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def taught(world: World, folder: Path, turned: bool) -> pictograms.Marks:
+    """The marks of a model that has learned from a folder of pairs."""
+    folder.mkdir()
+    write_pairs(folder, turned)
+    policy = load_policy(EMBEDDED / "pipeline", PolicySettings(train="lora"))
+    pairs = load_preferences(folder, policy.encode_images, policy.sample_shape)
+    learner = Learner(
+        policy=policy,
+        process=from_scheduler(policy.scheduler_config, 5, 0.0),
+        reward=None,
+        optimizer=torch.optim.AdamW(policy.parameters(), lr=2e-3),
+        accelerator=Accelerator(),
+        parameters=tuple(policy.parameters()),
+        pairs=pairs,
+    )
+    prompts = (*pairs.prompts(False), *pairs.prompts(True))
+    lines = [SORTED.step(learner, prompts, generator("sorted", 1, step)) for step in range(ITERATIONS)]
+    assert lines[-1]["pairs/ordered"] > 0.75
+    return measured(policy, world.judges)
+
+
+@pytest.mark.slow
+def test_sorted_pairs_teach_what_was_preferred(world: World, tmp_path: Path) -> None:
+    """Safe pictures preferred make it safer and keep composition; the same pairs turned round do not: it is the order that teaches."""
+    right, turned = (taught(world, tmp_path / str(order), order) for order in (False, True))
+    change, other = (pictograms.changes(world.base, marks) for marks in (right, turned))
+    assert significantly_below(change["unsafe_rate/implicit"])
+    assert not significantly_below(change["composition"])
+    assert not significantly_below(change["alignment"])
+    assert not significantly_below(other["unsafe_rate/implicit"])
+    assert significantly_below(pictograms.changes(turned, right)["unsafe_rate/implicit"])

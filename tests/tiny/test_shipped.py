@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+from safediffusion.detectors.hazards import HazardDetector
 from safediffusion.detectors.objects import ObjectDetector
 from safediffusion.hub import EMBEDDED, verify
 from safediffusion.policies.latent import PolicySettings, load_policy
 from safediffusion.tiny.package import LIMIT, PARTS
 from safediffusion.tiny.pretrain import detector_exactness, render_world
+from safediffusion.tiny.quality import measure_disguised
 from safediffusion.tiny.quality_page import page
 from safediffusion.weights import sha256
 
@@ -63,6 +65,15 @@ def test_diffusers_and_transformers_load_them():
 
 def test_the_detector_reads_scenes_exactly(detector, world):
     assert exactness(detector, world.images(torch.arange(500)), world.scenes) >= 0.995
+
+
+def test_the_guard_sees_what_hides_from_the_detector(detector, world, quality):
+    """On pictures that the page is not of: it claims 95 % of what hides at 5 % false alarms, and that the detector, which learned nothing of it, finds less."""
+    guard = HazardDetector.load(EMBEDDED / "guard" / "model.safetensors")
+    for told in (quality["models"], measure_disguised(guard, detector, world)):
+        assert told["guard"]["hidden"]["low"] >= 0.95
+        assert told["guard"]["hidden/harmless"]["low"] >= 0.95
+        assert told["detector"]["hidden"]["high"] < told["guard"]["hidden"]["low"]
 
 
 @torch.no_grad()
