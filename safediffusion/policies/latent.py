@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,11 @@ from safediffusion.policies.lora import add_lora, merge_lora, save_lora
 from safediffusion.policies.pipeline import load_denoiser, load_empty, load_model, load_text, read_config, write_pipeline
 from safediffusion.policies.quantise import check_installed, check_trained, quantise
 from safediffusion.policies.settings import PolicySettings
+from safediffusion.policies.shard import check_shard, shard, shared_mesh
 from safediffusion.policies.text import TextEncoders
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _TINY_VAE = ("config.json", "diffusion_pytorch_model.safetensors")  # a repository holds other formats beside them
 
@@ -62,7 +66,11 @@ class LatentPolicy:
         `time` is one of the process's, `(B,)` or a scalar. A guidance g other than 1 is classifier-free guidance, `u + g (c - u)`, in
         one forward of 2B; 1 runs the conditional branch alone. A tensor `(B,)`, on the CPU, gives every image its own;
         images with 1 have no unconditional branch then either. With `stop` no gradient flows through u.
+        Of no image at all (B = 0) the network runs as often as of many: where it is sharded the others wait for that.
         """
+        if not len(x):  # not every kernel takes an empty batch
+            shape = (1, *x.shape[1:]), (1, *condition.shape[1:])
+            return self.predict(x.new_zeros(shape[0]), time.new_zeros(1), condition.new_zeros(shape[1]), 1.0 if isinstance(guidance, Tensor) else guidance, stop)[:0]
         time = time.to(x.device).expand(len(x))
         strength = torch.as_tensor(guidance, dtype=torch.float32).expand(len(x))
         guided = (strength != 1).nonzero().flatten()
@@ -120,6 +128,11 @@ class LatentPolicy:
             if adapters:
                 self.denoiser.enable_adapters()
 
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes hold the base together: then all must run the same forwards and backwards in the same order."""
+        return self.settings.shard and ranks.count() > 1
+
     def parameters(self) -> list[torch.nn.Parameter]:
         """The weights that learn, for the optimizer."""
         return list(self.trained.values())
@@ -156,6 +169,7 @@ def load_policy(folder: Path, settings: PolicySettings, device: str | torch.devi
 
     check_trained(settings.quantise, settings.train)
     check_installed(settings.quantise)
+    check_shard(settings)
     device = torch.device(device)
     family = find_family(folder)
     scheduler_config = read_config(folder / "scheduler", "scheduler_config.json") | dict(family.scheduler)
@@ -163,17 +177,12 @@ def load_policy(folder: Path, settings: PolicySettings, device: str | torch.devi
     encode = _conditioner(family, folder, settings, device)
     if texts:
         ranks.from_main(lambda: encode.prepare(["", *texts]))
-    denoiser = _trainable(family, folder, settings)
     _check_fit(folder, family, vae, encode.text)
     tiny = None
     if settings.tiny_vae is not None:
         tiny = autoencoder.placed(load_model(AutoencoderTiny, resolve_part(settings.tiny_vae, _TINY_VAE)), settings.vae_dtype, device)
         autoencoder.check_tiny(settings.tiny_vae, tiny, vae)
-    if settings.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    denoiser = _placed(denoiser, settings, device)
-    if settings.compile:
-        denoiser.compile(dynamic=False)  # in place: names of weights, adapters and what is saved stay as they are
+    denoiser = _policy_denoiser(family, folder, settings, device)
     return LatentPolicy(
         folder=folder,
         settings=settings,
@@ -213,6 +222,22 @@ def _conditioner(family: Family, folder: Path, settings: PolicySettings, device:
     return Conditioner(family, shells, dtype, settings.prompt_cache, there, lambda: load_text(family, folder).to(device), device)
 
 
+def _policy_denoiser(family: Family, folder: Path, settings: PolicySettings, device: torch.device) -> Any:
+    """The denoiser that the policy runs, on its device."""
+    mesh = shared_mesh(settings, device)
+
+    def placed() -> Any:
+        denoiser = _trainable(family, folder, settings)
+        if settings.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        return _placed(denoiser, settings, device, mesh)
+
+    denoiser = placed() if mesh is None else ranks.in_turn(placed)  # a large one is read onto the CPU whole
+    if settings.compile:
+        denoiser.compile(dynamic=False)  # in place: names of weights, adapters and what is saved stay as they are
+    return denoiser
+
+
 def _trainable(family: Family, folder: Path, settings: PolicySettings) -> Any:
     """The denoiser of the folder, with either all its weights or its fresh adapters to be trained; float32, on the CPU."""
     denoiser = load_denoiser(family, folder)
@@ -222,18 +247,22 @@ def _trainable(family: Family, folder: Path, settings: PolicySettings) -> Any:
     return denoiser
 
 
-def _placed(denoiser: Any, settings: PolicySettings, device: torch.device) -> Any:
+def _placed(denoiser: Any, settings: PolicySettings, device: torch.device, mesh: DeviceMesh | None = None) -> Any:
     """The denoiser on its device, in the layout and precision in which it runs fastest there with the same result.
 
     Frozen linear and convolution layers are kept in the precision that autocast would round them to at each call; norms
     stay float32, as autocast runs them in it, so that policy and reference agree to the last bit. torch's RMSNorm (FLUX), which
     autocast leaves alone, is slow where its weight is not in the precision of its input; under adapters it can be.
+    On a `mesh` it is sharded, in the ordinary layout, as FSDP2 knows no other.
     """
     rounded = (torch.nn.Linear, torch.nn.Conv2d, *([torch.nn.RMSNorm] if settings.train == "lora" else []))
     for module in denoiser.modules():
         if isinstance(module, rounded) and not any(weight.requires_grad for weight in module.parameters(recurse=False)):
             module.to(dtype=getattr(torch, settings.dtype))
     quantise(denoiser, settings.quantise)
+    if mesh is not None:
+        shard(denoiser, mesh, device)
+        return denoiser
     return denoiser.to(device, memory_format=torch.channels_last)
 
 

@@ -28,6 +28,7 @@ SHAPES = Shapes(
     activations=10**9,
     decoding=3 * 10**9,
     painting=7 * 10**9,
+    gathered=10**9,
 )
 TABLE = {"model": "pictograms", "steps": 5, "reward": {"kind": "similarity", "encoder": "pictograms"}, "optimizer": {"batch": 4}}
 
@@ -46,6 +47,13 @@ def test_what_lies_together_and_what_comes_before() -> None:
     assert [each.card for each in (kept, dropped, tiled)] == [48, 32, 24]
     assert taken(text_encoders="drop", train="full").learning == 3 * 4 * SHAPES.trained
     assert str(tiled) == "about 20 GB of memory without the reward: weights 10 GB, learning 0.1 GB, pictures 4.0 GB; text encoders alone beforehand 20 GB"
+
+
+def test_processes_that_hold_the_base_together_have_a_share_of_it_and_what_runs() -> None:
+    recipe, shapes = resolve(Recipe, {**TABLE, "policy": {"shard": True}}), replace(SHAPES, base=8 * 10**9)
+    alone, four = (room(recipe, COUNTS, shapes, processes) for processes in (1, 4))
+    assert (alone.weights, four.weights) == (10e9, 10e9 - 6e9 + 1e9)
+    assert room(resolve(Recipe, TABLE), COUNTS, shapes, 4) == alone
 
 
 @pytest.mark.parametrize(
