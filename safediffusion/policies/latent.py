@@ -177,12 +177,12 @@ def load_policy(folder: Path, settings: PolicySettings, device: str | torch.devi
     encode = _conditioner(family, folder, settings, device)
     if texts:
         ranks.from_main(lambda: encode.prepare(["", *texts]))
+    denoiser = _policy_denoiser(family, folder, settings, device)
     _check_fit(folder, family, vae, encode.text)
     tiny = None
     if settings.tiny_vae is not None:
         tiny = autoencoder.placed(load_model(AutoencoderTiny, resolve_part(settings.tiny_vae, _TINY_VAE)), settings.vae_dtype, device)
         autoencoder.check_tiny(settings.tiny_vae, tiny, vae)
-    denoiser = _policy_denoiser(family, folder, settings, device)
     return LatentPolicy(
         folder=folder,
         settings=settings,
