@@ -53,16 +53,17 @@ ALGORITHMS = {
     "dpo": (Dpo(prompts=1, group=2, times=2, dataset="given"), (BLUE,), 0.0, 2),
 }
 CONSTRAINTS = {"raft": (Constraint(cost="drift", budget=0.0),)}  # the base paints as well, on each process its own share
-# A frozen base that processes hold together, by the algorithm and the model; "" is the tiny pipeline.
+# On a frozen base that processes hold together, by the kind of network; the second process has fewer living pictures than the first, or none.
+_FORWARD = Forward(prompts=3, group=3, times=2, updates=2, explore=(0.5, 2.0)), (RED, NOTHING, BLUE), 0.0, 2
 SHARDED = {
-    "unet-forward": ("forward", "", "float32"),
-    "unet-single": ("single", "", "float32"),
-    "unet-raft": ("raft", "", "float32"),
-    "unet-kto": ("kto", "", "float32"),
-    "unet-d3po": ("d3po", "", "float32"),
-    "unet-dpo": ("dpo", "", "float32"),
-    "flow-forward": ("forward", "pictograms-flow", "bfloat16"),
-    "flow-grpo": ("grpo", "pictograms-flow", "float32"),
+    "unet-forward": _FORWARD,
+    "unet-grpo": ALGORITHMS["single"],
+    "unet-raft": (Raft(prompts=2, group=2, times=1), (RED, BLUE), 0.0, 1),
+    "unet-kto": (Kto(prompts=1, group=2, times=1), (RED,), 0.0, 1),
+    "unet-d3po": (D3po(prompts=1, group=2), (RED,), 1.0, 2),
+    "unet-dpo": ALGORITHMS["dpo"],
+    "flow-forward": _FORWARD,
+    "flow-grpo": ALGORITHMS["grpo"],
 }
 RECIPE = """
 model = "pictograms"
@@ -81,8 +82,8 @@ prompts = 3
 group = 2
 times = 1
 [probe]
-every = 2
-prompts = 3
+every = 3
+prompts = 1
 samples = 2
 patience = 0
 [optimizer]
@@ -111,9 +112,9 @@ class Colours:
         return Scores(total, {"red": red, "blue": blue}, torch.nn.functional.normalize(images.flatten(1)))
 
 
-def trained(name: str, kind: str, pipeline: Path, folder: Path, settings: PolicySettings, rate: float = 1e-2) -> LatentPolicy:
+def trained(name: str, job: tuple, pipeline: Path, folder: Path, settings: PolicySettings, rate: float = 1e-2) -> LatentPolicy:
     """Two iterations; the log in FOLDER/NAME, the weights of each process in FOLDER/NAME-PROCESS.safetensors."""
-    algorithm, prompts, eta, batch = ALGORITHMS[kind]
+    algorithm, prompts, eta, batch = job
     accelerator, policy = ranks.accelerator(), load_policy(pipeline, settings)
     learner = Learner(
         policy=policy,
@@ -124,7 +125,7 @@ def trained(name: str, kind: str, pipeline: Path, folder: Path, settings: Policy
         parameters=tuple(policy.parameters()),
         batch=batch,
         pairs=given,
-        objective=Objective(constraints=CONSTRAINTS.get(kind, ())),
+        objective=Objective(constraints=CONSTRAINTS.get(algorithm.kind, ())),
     )
     run = Run(
         learner=learner,
@@ -153,9 +154,9 @@ def held(policy: LatentPolicy) -> list[int]:
 def sharded(pipeline: Path, folder: Path) -> None:
     """Trainings on a divided base; on several processes the first iteration of a run, on one all of it."""
     lies = {}
-    for name, (kind, model, dtype) in SHARDED.items():
-        settings = PolicySettings(lora_rank=4, shard=True, dtype=dtype)
-        lies[name] = held(trained(name, kind, resolve_model(model) if model else pipeline, folder, settings, rate=10.0))
+    for name, job in SHARDED.items():
+        settings = PolicySettings(lora_rank=4, shard=True, dtype="bfloat16" if name == "flow-forward" else "float32")
+        lies[name] = held(trained(name, job, resolve_model("pictograms-flow") if name.startswith("flow") else pipeline, folder, settings, rate=10.0))
     (folder / f"held-{ranks.index()}.json").write_text(json.dumps(lies))
     recipe = folder / f"recipe-{ranks.index()}.toml"
     recipe.write_text(RECIPE)
@@ -163,8 +164,8 @@ def sharded(pipeline: Path, folder: Path) -> None:
 
 
 def work(pipeline: Path, folder: Path) -> None:
-    for name in ALGORITHMS:
-        trained(name, name, pipeline, folder, PolicySettings(train="full"))
+    for name, job in ALGORITHMS.items():
+        trained(name, job, pipeline, folder, PolicySettings(train="full"))
     pictures = ["--prompt", "a red cat", "--prompt", "a blue dog", "--samples", "3", "--steps", "2", "--batch-size", "2"]
     assert main(["generate", str(pipeline), *pictures, "--out", str(folder / "pictures")]) == 0
     assert main(["evaluate", "pictograms", "--limit", "3", "--samples", "2", "--batch-size", "4", "--out", str(folder / "measured")]) == 0
