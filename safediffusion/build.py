@@ -273,7 +273,9 @@ def _probe(recipe: Recipe, policy: LatentPolicy) -> Measure | None:
 
 def identity(recipe: Recipe) -> dict:
     """What must be equal for two commands to be the same run."""
-    facts = dataclasses.asdict(recipe) | {"prompts": {name: prompts_sha256(load_set(name)) for name in (recipe.data.safe, recipe.data.unsafe) if name}}
+    facts = dataclasses.asdict(recipe)
+    del facts["policy"]["shard"]  # where weights lie changes no result
+    facts |= {"prompts": {name: prompts_sha256(load_set(name)) for name in (recipe.data.safe, recipe.data.unsafe) if name}}
     dataset = _dataset(recipe)
     return facts | {"pairs": preferences_sha256(dataset)} if dataset else facts
 

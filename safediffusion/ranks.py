@@ -41,7 +41,8 @@ def accelerator(**options: Any) -> Accelerator:
         raise UserError(f"{os.environ['WORLD_SIZE']} processes were launched, and accelerate joins none on this device; run a single one, or launch with --cpu")
     if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
-            f"{made.distributed_type.value} splits a model over processes, and here each process holds a whole one; launch with --multi_gpu (docs/processes.md)"
+            f"{made.distributed_type.value} settings of a launcher are not read: here the recipe splits a model over processes, by policy.shard = true; "
+            "launch with --multi_gpu (docs/processes.md)"
         )
     return made
 
@@ -127,6 +128,18 @@ def from_main(work: Callable[[], T]) -> T:
     result: list[Any] = [work() if is_main() else None]
     distributed.broadcast_object_list(result)
     return result[0]
+
+
+def in_turn(work: Callable[[], T]) -> T:
+    """What `work` gives each process, one of a machine after the other: for what takes much of the memory that they share."""
+    if not _several():
+        return work()
+    turns, own = (int(os.environ.get(name, default)) for name, default in (("LOCAL_WORLD_SIZE", count()), ("LOCAL_RANK", index())))
+    for turn in range(int(max(gathered(turns)))):
+        if turn == own:
+            made = work()
+        gathered(None)
+    return made
 
 
 def _device() -> torch.device:

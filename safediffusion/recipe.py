@@ -26,6 +26,7 @@ from safediffusion.errors import UserError
 from safediffusion.hub import EMBEDDED_MODELS
 from safediffusion.policies.quantise import check_trained
 from safediffusion.policies.settings import PolicySettings
+from safediffusion.policies.shard import check_shard
 from safediffusion.process.settings import ProcessSettings
 from safediffusion.rewards.combined import CombinedSettings, Single
 from safediffusion.rollout import DRIFT
@@ -81,6 +82,9 @@ def check(recipe: Recipe) -> Recipe:
     if recipe.policy.train == "none":
         raise UserError('policy.train = "none" is for painting and measuring, and leaves a run nothing to learn; set "lora" or "full"')
     check_trained(recipe.policy.quantise, recipe.policy.train)
+    check_shard(recipe.policy)
+    if recipe.policy.shard and algorithm.card.reward_gradient:
+        raise UserError(f"policy.shard is not made for gradients of the reward, which algorithm.kind = '{algorithm.kind}' follows; leave one of them out")
     for key, name in (("safe", recipe.data.safe), ("unsafe", recipe.data.unsafe)):
         if name.startswith("pictograms/test-"):
             raise UserError(f"data.{key} = {name!r} is what models are measured on; train on pictograms/train-{key}")

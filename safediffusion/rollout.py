@@ -215,7 +215,7 @@ def _by_base(
 ) -> Tensor:
     """What the base paints of the pictures `which` (n,) bool, whole groups, as `walk` does; zeros in the place of the others."""
     clean, copies = torch.zeros((len(which), *start.shape[1:]), device=start.device), split[1]
-    if which.any():
+    if which.any() or policy.sharded:
         here, few = which.nonzero().flatten().to(start.device), which[::copies]
         with policy.reference():
             clean[here] = walk(policy, process, condition[here], start[here[::copies] // copies], guidance[few], [noise[which] for noise in noises], split=split).clean

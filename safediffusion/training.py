@@ -91,7 +91,7 @@ def open_run(folder: Path) -> tuple[Recipe, LatentPolicy]:
     if not run_folder.is_run(folder):
         raise UserError(f"{folder} is not the folder of a run: it has no {run_folder.FACTS} and {run_folder.RECIPE}; give the --out of a `safediffusion train`")
     recipe = load_recipe(folder / run_folder.RECIPE)
-    options = dataclasses.replace(recipe.policy, quantise="none")  # what is written has the adapters on the exact base
+    options = dataclasses.replace(recipe.policy, quantise="none", shard=False)  # what is written has the adapters on the exact base
     return recipe, load_policy(resolve_model(recipe.model, recipe.revision), options)
 
 
@@ -137,7 +137,7 @@ def _measure_sketch(recipe: Recipe, run: Run, out: Path, console: Console) -> No
         generator = seeds.generator("sketch", run.seed)
         return sketch_shift(learner.policy, learner.process, learner.reward, shown, 32 // len(shown), learner.guidance, generator, learner.batch)
 
-    found = ranks.from_main(measured)
+    found = measured() if learner.policy.sharded else ranks.from_main(measured)  # sharded, all must run the same
     if ranks.is_main():
         write_json(out / run_folder.TINY_VAE, {"tiny_vae": name, **found})
     console.print(

@@ -34,6 +34,6 @@ def test_its_commands_resolve(recipe: Path) -> None:
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_model_has_a_card_of_24_and_one_of_80_gb_and_a_known_shape(name: str) -> None:
     (recipe,) = [path for path in RECIPES if path.stem == name]
-    assert len(commands(recipe)) == 2
+    assert len(commands(recipe)) == (3 if name == "flux-dev" else 2)  # that one on several cards as well
     assert all(words in recipe.read_text() for words in ("# 24 GB:", "# 80 GB:", "Not yet run on the real weights"))
     assert load_recipe(recipe).model in BLUEPRINTS[name].names

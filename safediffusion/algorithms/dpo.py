@@ -16,7 +16,6 @@ from safediffusion.algorithms.noising import Guidance, Noisy, Pictures, Share, b
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import settings
 from safediffusion.errors import UserError
-from safediffusion.rollout import chunks
 from safediffusion.types import Prompt
 
 
@@ -82,9 +81,8 @@ class Dpo:
         worth, size, ordered = worth[pictures.mine].view(-1, pictures.group), pictures.group, torch.zeros((), device=worth.device)
 
         def losses(noisy: Noisy) -> Iterator[tuple[slice, Tensor, Tensor]]:
-            for groups in chunks(len(worth), learner.batch and max(learner.batch // size, 1)):  # the pictures of a pair share a graph
-                part = slice(groups.start * size, groups.stop * size)
-                few = noisy[part]
+            for part in learner.parts(len(noisy), size):  # the pictures of a pair share a graph
+                few, groups = noisy[part], slice(part.start // size, part.stop // size)
                 anchor, seen = base(learner, few), said(learner, few)
                 loss, right = preference((error(seen, few) - error(anchor, few)).view(-1, size), worth[groups], self.beta)
                 ordered.add_(right.sum())

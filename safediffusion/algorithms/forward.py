@@ -19,7 +19,6 @@ from safediffusion.algorithms.noising import Guidance, Noisy, Pictures, Share, b
 from safediffusion.algorithms.update import Learner, holding
 from safediffusion.config import settings
 from safediffusion.errors import UserError
-from safediffusion.rollout import chunks
 from safediffusion.types import Prompt
 
 Old = Callable[[], AbstractContextManager[None]]
@@ -96,7 +95,7 @@ class Forward:
         gain = worth[pictures.mine]
 
         def losses(noisy: Noisy) -> Iterator[tuple[slice, Tensor, Tensor]]:
-            for part in chunks(len(noisy), learner.batch):
+            for part in learner.parts(len(noisy)):
                 few = noisy[part]
                 anchor = base(learner, few, self.anchor_guidance)
                 if self.old != "now":  # before the graph is built: afterwards its weights may not be exchanged

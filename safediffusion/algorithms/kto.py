@@ -15,7 +15,6 @@ from safediffusion.algorithms.noising import Guidance, Noisy, Pictures, Share, b
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import settings
 from safediffusion.errors import UserError
-from safediffusion.rollout import chunks
 from safediffusion.types import Prompt
 
 
@@ -77,7 +76,7 @@ class Kto:
         side, weight = side[pictures.mine], self._weights(side)[pictures.mine]
 
         def losses(noisy: Noisy) -> Iterator[tuple[slice, Tensor, Tensor]]:
-            parts = chunks(len(noisy), learner.batch)
+            parts = learner.parts(len(noisy))
             # The reference point is of all pictures, which are in no graph together: they are looked at once before.
             anchors, errors = [], [torch.zeros(0, device=worth.device)]
             with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor
 from safediffusion import ranks
 from safediffusion.algorithms.update import Learner
 from safediffusion.errors import UserError
-from safediffusion.rollout import Rollout, chunks
+from safediffusion.rollout import Rollout
 from safediffusion.types import Prompt
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -159,7 +159,7 @@ def weighted(learner: Learner, weight: Tensor) -> Losses:
     """`weight` (M,) times the denoising error."""
 
     def losses(noisy: Noisy) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        for part in chunks(len(noisy), learner.batch):
+        for part in learner.parts(len(noisy)):
             few = noisy[part]
             anchor, seen = base(learner, few), said(learner, few)
             yield part, (weight[part] * error(seen, few)).sum(), (seen - anchor).square().mean(1)

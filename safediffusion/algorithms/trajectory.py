@@ -17,7 +17,7 @@ from safediffusion.algorithms.advantages import Advantages
 from safediffusion.algorithms.card import require_noise
 from safediffusion.algorithms.update import Learner
 from safediffusion.errors import UserError
-from safediffusion.rollout import Rollout, chunks
+from safediffusion.rollout import Rollout
 from safediffusion.types import Process
 
 TrainGuidance = Literal["off", "both", "stop"]
@@ -96,6 +96,7 @@ def moments(algorithm: Denoising, learner: Learner, process: Process, steps: tup
     """Each trained step of this process's pictures, at most `learner.batch` at a time, but never less than `whole` that belong together."""
     policy, device, ask = learner.policy, rolled.walk.clean.device, int(against_base)
     weights = learner.pull(torch.tensor([p.unsafe for p in rolled.prompts], device=device), algorithm.benign_kl, algorithm.unsafe_kl)[rolled.mine]
+    parts = learner.parts(len(rolled.mine), whole)
     for step in steps:
         x, x_next, old = rolled.walk.states[step], rolled.walk.states[step + 1], rolled.walk.log_probs[step]
         dimensions = x.shape[1:].numel()
@@ -103,7 +104,7 @@ def moments(algorithm: Denoising, learner: Learner, process: Process, steps: tup
         sampled = learner.guidance if process.guides(step) else 1.0
         stop = algorithm.train_guidance == "stop"
         scale = 1 / process.sensitivity(step) if algorithm.normalise_ratio else 1.0
-        for part in chunks(len(rolled.mine), learner.batch and max(learner.batch // whole, 1) * whole):
+        for part in parts:
             time = torch.full((len(x[part]),), process.times[step].item(), dtype=process.times.dtype, device=device)
             kernel = process.kernel(policy.predict(x[part], time, rolled.condition[part], guidance, stop), x[part], step)
             log_prob = kernel.log_prob(x_next[part])

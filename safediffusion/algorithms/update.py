@@ -13,7 +13,7 @@ from torch import Tensor
 from safediffusion import ranks
 from safediffusion.algorithms.advantages import Advantages, Baseline, class_weights, own_group
 from safediffusion.algorithms.objective import Objective
-from safediffusion.rollout import Rollout, roll_out
+from safediffusion.rollout import Rollout, chunks, roll_out
 from safediffusion.types import Policy, Process, Prompt, Reward, Scores
 
 
@@ -56,6 +56,15 @@ class Learner:
         rolled = roll_out(self.policy, process, self.reward, prompts, group, guidance, generator, remember, self.batch, share_prefix, against_base)
         self.forwards += rolled.forwards
         return rolled
+
+    def parts(self, count: int, whole: int = 1) -> list[slice]:
+        """Which of `count` pictures of this process go through the network together: at most `batch`, but never less than `whole` that belong together.
+
+        Where processes hold the network together, each gets as many parts as any: one with fewer pictures ends with empty ones, whose loss
+        and gradients are exactly 0. Then all processes must call this, and descend on every part.
+        """
+        own = chunks(count, self.batch and max(self.batch // whole, 1) * whole)
+        return own + [slice(count, count)] * (max(ranks.gathered(len(own))) - len(own)) if self.policy.sharded else own
 
     def worth(
         self, rolled: Rollout, floor: float, clip: float, least_spread: float, slack: float = 0.0, baseline: Baseline = own_group

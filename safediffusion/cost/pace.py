@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safediffusion import ranks
 from safediffusion.policies.latent import LatentPolicy
 from safediffusion.types import Process
 
@@ -32,13 +33,15 @@ class Pace:
 def measure_pace(policy: LatentPolicy, process: Process, batch: int, through_decoder: bool = False) -> Pace:
     """Timed on zeros, on more and more images at once, up to `batch` or until a call is no longer quick. `through_decoder`: gradients go there as well.
 
-    One image of many takes a tenth of the time of a lone one where the network is small, so a lone one says little.
+    One image of many takes a tenth of the time of a lone one where the network is small, so a lone one says little. A sharded
+    network is large, and all processes must make the same calls: it is timed on one image, and the slowest process counts.
     """
     # The wrapped network of several processes must not see a forward that its loop knows nothing of.
     policy = dataclasses.replace(policy, network=policy.denoiser)
     kept: dict[int, Tensor] = {}
     networks = (policy.denoiser, policy.tiny_vae or policy.vae)
     own = {weight.untyped_storage()._cdata for network in networks for weight in network.parameters()}
+    batch, slowest = (1, lambda seconds: max(ranks.gathered(seconds))) if policy.sharded else (batch, lambda seconds: seconds)
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor
@@ -62,21 +65,21 @@ def measure_pace(policy: LatentPolicy, process: Process, batch: int, through_dec
     painting = held(lambda: policy.sketch(inputs(1)[0].requires_grad_())) if through_decoder else 0
     kept.clear()
     with torch.no_grad():
-        forward = _per_image(policy.device, lambda count: policy.predict(*inputs(count)), batch)
-        decode = _per_image(policy.device, lambda count: policy.sketch(inputs(count)[0]), batch)
+        forward = _per_image(policy.device, slowest, lambda count: policy.predict(*inputs(count)), batch)
+        decode = _per_image(policy.device, slowest, lambda count: policy.sketch(inputs(count)[0]), batch)
     with torch.enable_grad():
-        trained = _per_image(policy.device, train, batch)
+        trained = _per_image(policy.device, slowest, train, batch)
     return Pace(forward, trained, decode, activations, painting)
 
 
-def _per_image(device: torch.device, function: Callable[[int], Any], batch: int) -> float:
+def _per_image(device: torch.device, slowest: Callable[[float], float], function: Callable[[int], Any], batch: int) -> float:
     """Seconds of an image in a call of many; where memory ends sooner than `batch`, of as many as it holds."""
-    count, seconds, falling = 1, _timed(device, function, 1), True
+    count, seconds, falling = 1, _timed(device, slowest, function, 1), True
     # Where other processes hold the cores, a call is slow whatever it computes: as long as an image costs less among more, it says nothing yet.
     while count < batch and (seconds < _QUICK or (falling and seconds < _SLOW)):
         more, before = min(4 * count, batch), seconds / count
         try:
-            count, seconds = more, _timed(device, function, more)
+            count, seconds = more, _timed(device, slowest, function, more)
             falling = seconds / count < 0.75 * before
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -84,7 +87,7 @@ def _per_image(device: torch.device, function: Callable[[int], Any], batch: int)
     return seconds / count
 
 
-def _timed(device: torch.device, function: Callable[[int], Any], count: int) -> float:
+def _timed(device: torch.device, slowest: Callable[[float], float], function: Callable[[int], Any], count: int) -> float:
     """Seconds of a call, the least of three where they are short: the first at a shape sets up kernels and memory, and another process may get in between."""
     seconds: list[float] = []
     while not seconds or (len(seconds) < 3 and sum(seconds) < 0.6):
@@ -92,5 +95,5 @@ def _timed(device: torch.device, function: Callable[[int], Any], count: int) -> 
         function(count)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(slowest(time.perf_counter() - began))
     return min(seconds)

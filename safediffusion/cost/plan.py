@@ -18,7 +18,7 @@ from safediffusion import ranks
 from safediffusion.cost.blueprints import BLUEPRINTS, write_configs
 from safediffusion.cost.forwards import Forwards, forwards
 from safediffusion.cost.pace import measure_pace
-from safediffusion.cost.room import asks_base, graphs, prompts_kept, remembered, room, spelled_bytes
+from safediffusion.cost.room import Room, asks_base, graphs, prompts_kept, remembered, room, spelled_bytes
 from safediffusion.cost.shapes import Shapes, measure_shapes
 from safediffusion.data.sets import load_set
 from safediffusion.evaluate import pictograms
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from safediffusion.train.loop import Run
 
 _SPEED = 1e14  # FLOP/s: a card of 80 GB does about two to four times as much in bfloat16, one of 24 GB about as much or less
+_PROCESSES = (2, 4, 8)  # a sharded base is foreseen on
 _ITERATIONS = 3  # after so many the plan is corrected; the first of them warms up and is left out
 
 
@@ -117,11 +118,18 @@ def outline(recipe: Recipe) -> str:
         shapes = None if folder is None else measure_shapes(folder, recipe.policy)
     if shapes is None:
         return said
-    work, taken = flop(counts, shapes), room(recipe, counts, shapes)
+    work = flop(counts, shapes)
     whole = spelled(recipe.steps * work / _SPEED)
     time = f"{spelled_number(work / counts.images / 1e12)} TFLOP per image without the reward: {whole} for {recipe.steps} iterations at 100 TFLOP/s"
-    fits = f"fits a card of {taken.card} GB" if taken.card else "fits no single card"
-    return f"{said}\n{time}\n{taken}\n{fits}"
+    if not recipe.policy.shard:
+        taken = room(recipe, counts, shapes)
+        return f"{said}\n{time}\n{taken}\n{_fits(taken)}"
+    divided = {processes: room(recipe, counts, shapes, processes) for processes in _PROCESSES}
+    return "\n".join([said, time, *(f"each of {processes} processes: {taken}; {_fits(taken)}" for processes, taken in divided.items())])
+
+
+def _fits(taken: Room) -> str:
+    return f"fits a card of {taken.card} GB" if taken.card else "fits no single card"
 
 
 def counts_of(recipe: Recipe) -> Forwards | None:

@@ -58,12 +58,13 @@ class Room:
         return f"about {spelled_bytes(self.bytes)} of memory without the reward: {parts}{before}"
 
 
-def room(recipe: Recipe, counts: Forwards, shapes: Shapes) -> Room:
-    """That of a recipe on a model of these shapes."""
+def room(recipe: Recipe, counts: Forwards, shapes: Shapes, processes: int = 1) -> Room:
+    """That of a recipe on a model of these shapes, on each of several processes."""
     options, batch = recipe.policy, min(recipe.optimizer.batch or counts.images, counts.images)
     decoded = 1 if options.vae_tile else batch
+    sharded = options.shard and processes > 1
     return Room(
-        weights=shapes.weights,
+        weights=shapes.weights - (shapes.base * (1 - 1 / processes) - shapes.gathered if sharded else 0),
         encoders=shapes.text if options.text_encoders == "keep" else 0,
         learning=shapes.trained * 4 * (4 if recipe.optimizer.ema else 3),
         base=shapes.base if options.train == "full" and asks_base(recipe, counts) else 0,

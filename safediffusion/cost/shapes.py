@@ -22,6 +22,7 @@ from safediffusion.policies.latent import PolicySettings, latent_shape
 from safediffusion.policies.lora import add_lora
 from safediffusion.policies.pipeline import load_denoiser, load_empty, load_text
 from safediffusion.policies.quantise import BITS
+from safediffusion.policies.shard import gathered_bytes
 from safediffusion.types import Prompt, Reward
 
 _WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
@@ -44,6 +45,7 @@ class Shapes:
     activations: int  # bytes kept for one backward
     decoding: int  # bytes of the widest place of the decoder, roughly
     painting: int  # bytes that the autoencoder which decodes rollouts keeps for one backward
+    gathered: int  # bytes of frozen weights that a process has whole at a time where several hold them together
 
 
 def measure_shapes(folder: Path, settings: PolicySettings) -> Shapes:
@@ -66,6 +68,7 @@ def measure_shapes(folder: Path, settings: PolicySettings) -> Shapes:
     with empty:
         if settings.dtype == "bfloat16":
             _halve(denoiser)
+        gathered = gathered_bytes(denoiser)
         size = latent[2] * cell(vae), latent[3] * cell(vae)
 
         def run() -> Tensor:
@@ -88,7 +91,7 @@ def measure_shapes(folder: Path, settings: PolicySettings) -> Shapes:
     encoded = condition.numel() * _WIDTH[settings.dtype]
     tile = min(1.0, (settings.vae_tile or math.inf) / max(size)) ** 2
     widest, painting = (int(each * _WIDTH[settings.vae_dtype] / 4) for each in (decoding * tile, painting))
-    return Shapes(math.prod(latent), parameters, trained, forward, backward, decode, weights, spoken, encoded, base, activations, widest, painting)
+    return Shapes(math.prod(latent), parameters, trained, forward, backward, decode, weights, spoken, encoded, base, activations, widest, painting, gathered)
 
 
 @torch.no_grad()

@@ -53,6 +53,10 @@ class GuidedPolicy:
     def scheduler_config(self) -> dict[str, Any]:
         return self.policy.scheduler_config
 
+    @property
+    def sharded(self) -> bool:
+        return self.policy.sharded
+
     def encode(self, prompts: Sequence[str]) -> Addressed:
         return Addressed(self.policy.encode(prompts), tuple(prompts))
 

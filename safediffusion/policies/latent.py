@@ -17,14 +17,16 @@ from safediffusion.errors import UserError
 from safediffusion.hub import resolve_part
 from safediffusion.policies import autoencoder
 from safediffusion.policies.conditioner import Conditioner
+from safediffusion.policies.denoiser import placed, placed_denoiser, trainable
 from safediffusion.policies.embeddings import stored
 from safediffusion.policies.families import find_family
 from safediffusion.policies.family import Family
-from safediffusion.policies.lora import add_lora, merge_lora, save_lora
+from safediffusion.policies.lora import merge_lora, save_lora
 from safediffusion.policies.pipeline import load_denoiser, load_empty, load_model, load_text, read_config, weight_files, write_pipeline
 from safediffusion.policies.precision import round_to
-from safediffusion.policies.quantise import check_installed, check_trained, quantise
+from safediffusion.policies.quantise import check_installed, check_trained
 from safediffusion.policies.settings import PolicySettings
+from safediffusion.policies.shard import check_shard
 from safediffusion.policies.text import TextEncoders
 
 _TINY_VAE = ("config.json", "diffusion_pytorch_model.safetensors")  # a repository holds other formats beside them
@@ -65,7 +67,11 @@ class LatentPolicy:
         `time` is one of the process's, `(B,)` or a scalar. A guidance g other than 1 is classifier-free guidance, `u + g (c - u)`, in
         one forward of 2B; 1 runs the conditional branch alone. A tensor `(B,)`, on the CPU, gives every image its own;
         images with 1 have no unconditional branch then either. With `stop` no gradient flows through u.
+        Of no image at all (B = 0) the network runs as often as of many: where it is sharded the others wait for that.
         """
+        if not len(x):  # not every kernel takes an empty batch
+            shape = (1, *x.shape[1:]), (1, *condition.shape[1:])
+            return self.predict(x.new_zeros(shape[0]), time.new_zeros(1), condition.new_zeros(shape[1]), 1.0 if isinstance(guidance, Tensor) else guidance, stop)[:0]
         time = time.to(x.device).expand(len(x))
         strength = torch.as_tensor(guidance, dtype=torch.float32).expand(len(x))
         guided = (strength != 1).nonzero().flatten()
@@ -111,7 +117,7 @@ class LatentPolicy:
             return
         network, adapters = self.network, self.settings.train == "lora"
         if not adapters and self._base is None:
-            self._base = _placed(load_denoiser(self.family, self.folder), self.settings, self.device)
+            self._base = placed(load_denoiser(self.family, self.folder), self.settings, self.device)
         if adapters:
             self.denoiser.disable_adapters()
         self.network, self._at_base = self.denoiser if adapters else self._base, True
@@ -122,6 +128,11 @@ class LatentPolicy:
             self.network, self._at_base = network, False
             if adapters:
                 self.denoiser.enable_adapters()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes hold the base together: then all must run the same forwards and backwards in the same order."""
+        return self.settings.shard and ranks.count() > 1
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The weights that learn, for the optimizer."""
@@ -142,7 +153,7 @@ class LatentPolicy:
         """
         if self.settings.train == "none":
             raise UserError('a model with policy.train = "none" is only painted with; load it with "full" to save it')
-        denoiser, part = _trainable(self.family, self.folder, self.settings), self.family.network
+        denoiser, part = trainable(self.family, self.folder, self.settings), self.family.network
         _assign({name: denoiser.get_parameter(name) for name in self.trained}, self.state())
         if self.settings.train == "lora":
             merge_lora(denoiser)
@@ -177,6 +188,7 @@ def load_policy(
 
     check_trained(settings.quantise, settings.train)
     check_installed(settings.quantise)
+    check_shard(settings)
     device = torch.device(device)
     family = find_family(folder)
     scheduler_config = read_config(folder / "scheduler", "scheduler_config.json") | dict(family.scheduler)
@@ -184,19 +196,12 @@ def load_policy(
     encode = _conditioner(family, folder, settings, device)
     if texts:
         ranks.from_main(lambda: encode.prepare(["", *texts]))
-    denoiser = _trainable(family, folder, settings)
+    denoiser = placed_denoiser(family, folder, settings, device, None if change is None else lambda exact: change(exact, encode))
     _check_fit(folder, family, vae, encode.text)
     tiny = None
     if settings.tiny_vae is not None:
         tiny = autoencoder.placed(load_model(AutoencoderTiny, resolve_part(settings.tiny_vae, _TINY_VAE)), settings.vae_dtype, device)
         autoencoder.check_tiny(settings.tiny_vae, tiny, vae)
-    if change is not None:
-        change(denoiser, encode)
-    if settings.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    denoiser = _placed(denoiser, settings, device)
-    if settings.compile:
-        denoiser.compile(dynamic=False)  # in place: names of weights, adapters and what is saved stay as they are
     return LatentPolicy(
         folder=folder,
         settings=settings,
@@ -242,29 +247,6 @@ def _conditioner(family: Family, folder: Path, settings: PolicySettings, device:
         shells = load_text(family, folder, load_empty)
     there = stored(family, folder, dtype, device)
     return Conditioner(family, shells, dtype, settings.prompts_kept, there, lambda: load_text(family, folder).to(device), device)
-
-
-def _trainable(family: Family, folder: Path, settings: PolicySettings) -> Any:
-    """The denoiser of the folder, with all its weights, its fresh adapters or nothing to be trained; float32, on the CPU."""
-    denoiser = load_denoiser(family, folder)
-    if settings.train == "lora":
-        add_lora(denoiser, settings.lora_rank, settings.lora_alpha or settings.lora_rank, settings.lora_targets or family.lora_targets)
-    return denoiser.requires_grad_(True) if settings.train == "full" else denoiser
-
-
-def _placed(denoiser: Any, settings: PolicySettings, device: torch.device) -> Any:
-    """The denoiser on its device, in the layout and precision in which it runs fastest there with the same result.
-
-    Frozen linear and convolution layers are kept in the precision that autocast would round them to at each call; norms
-    stay float32, as autocast runs them in it, so that policy and reference agree to the last bit. torch's RMSNorm (FLUX), which
-    autocast leaves alone, is slow where its weight is not in the precision of its input; where it is not trained it can be.
-    """
-    rounded = (torch.nn.Linear, torch.nn.Conv2d, *([] if settings.train == "full" else [torch.nn.RMSNorm]))
-    for module in denoiser.modules():
-        if isinstance(module, rounded) and not any(weight.requires_grad for weight in module.parameters(recurse=False)):
-            module.to(dtype=getattr(torch, settings.dtype))
-    quantise(denoiser, settings.quantise)
-    return denoiser.to(device, memory_format=torch.channels_last)
 
 
 def _check_fit(folder: Path, family: Family, vae: Any, text: TextEncoders) -> None:

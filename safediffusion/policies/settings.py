@@ -26,6 +26,8 @@ class PolicySettings:
         of rollouts, for the reward alone: a fraction of the time and memory. What it does to the reward is measured when a run starts.
     quantise: keeps the frozen weights under the adapters in 8 ("int8", by torchao) or 4 bits ("nf4", by bitsandbytes). What is trained is
         adapters to the rounded base, which is the reference too; the model that is saved has them on the exact one.
+    shard: under a launcher with several processes each holds a share of the frozen weights and fetches a block's whole when it runs: memory falls with the
+        number of processes, every forward waits for the others. On one process it changes nothing. For "lora" without `quantise` or `compile`.
     vae_dtype: of the autoencoders'; "bfloat16" halves its memory and shifts a decoded image by a grey level here and there.
     vae_tile: pixels of a side of the tiles that pictures are decoded in, one picture at a time, overlapping by a quarter: a fraction of the
         memory at 1024 pixels, and seams that are not quite invisible. Pictures no larger than it are decoded whole.
@@ -46,6 +48,7 @@ class PolicySettings:
     embedded_guidance: float = Field(default=3.5, ge=0)
     dtype: Precision = "float32"
     quantise: Quantised = "none"
+    shard: bool = False
     vae_dtype: Precision = "float32"
     vae_tile: int | None = Field(default=None, ge=64)
     tiny_vae: str | None = None

@@ -31,6 +31,7 @@ SHAPES = Shapes(
     activations=10**9,
     decoding=3 * 10**9,
     painting=7 * 10**9,
+    gathered=10**9,
 )
 TABLE = {"model": "pictograms", "steps": 5, "reward": {"kind": "similarity", "encoder": "pictograms"}, "optimizer": {"batch": 4}}
 
@@ -62,6 +63,13 @@ def test_prompts_take_what_stays_of_them_or_what_the_run_can_draw() -> None:
 def test_a_condition_is_as_large_as_one_that_is_encoded(tiny_pipeline: Path, dtype: str) -> None:
     settings = PolicySettings(dtype=dtype)
     assert measure_shapes(tiny_pipeline, settings).condition == load_policy(tiny_pipeline, settings).encode(["a cat"]).nbytes
+
+
+def test_processes_that_hold_the_base_together_have_a_share_of_it_and_what_runs() -> None:
+    recipe, shapes = resolve(Recipe, {**TABLE, "policy": {"shard": True}}), replace(SHAPES, base=8 * 10**9)
+    alone, four = (room(recipe, COUNTS, shapes, processes) for processes in (1, 4))
+    assert (alone.weights, four.weights) == (10e9, 10e9 - 6e9 + 1e9)
+    assert room(resolve(Recipe, TABLE), COUNTS, shapes, 4) == alone
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,41 @@ def test_two_processes_measure_what_one_measures(folders: tuple[Path, Path]) -> 
     assert (folders[1] / "measured/gallery/gallery.json").is_file()
 
 
+@pytest.mark.parametrize("name", ["unet-forward", "unet-grpo", "unet-raft", "unet-kto", "unet-d3po", "unet-dpo", "flow-forward", "flow-grpo"])
+def test_a_divided_base_teaches_what_a_whole_one_does(
+    folders: tuple[Path, Path], read_metrics: Callable, read_tensors: Callable, assert_same: Callable, name: str
+) -> None:
+    """Processes with fewer living pictures, or none, keep step with the others; what they hold is half of the frozen weights."""
+    one, two = folders
+    assert_same(*(read_tensors(two / f"{name}-{process}.safetensors") for process in (0, 1)))
+    whole, divided = (read_tensors(folder / f"{name}-0.safetensors") for folder in folders)
+    start = {key: 0 * value if "lora_B" in key else value for key, value in whole.items()}
+    assert_alike(whole, divided, start, 0.05 if name == "flow-forward" else 1e-3)
+    for line, other in zip(*(read_metrics(folder / name) for folder in folders), strict=True):
+        assert numbers(line) == pytest.approx(numbers(other), rel=2e-2 if name == "flow-forward" else 1e-3, abs=1e-5)
+    lies = [json.loads((two / f"held-{process}.json").read_text())[name] for process in (0, 1)]
+    assert sum(own for own, _ in lies) == lies[0][1] == json.loads((one / "held-0.json").read_text())[name][0]
+    assert max(own for own, _ in lies) < 0.51 * lies[0][1]
+
+
+def test_a_divided_run_goes_on_with_another_number_of_processes(folders: tuple[Path, Path], read_metrics: Callable, read_tensors: Callable) -> None:
+    """An iteration on two processes, one on a single one, one on two again: it ends as the run that a single one made."""
+    one, two = folders
+    command = ["train", two / "recipe-0.toml", "--out", two / "divided"]
+    assert main([*map(str, command), "steps=2"]) == 0
+    last = launched("torchrun", "-m", "safediffusion", *command, folder=two)
+    assert last.returncode == 0, last.stderr
+    assert last.stderr.count("resuming after iteration 2 of 3") == 1
+    start, whole, divided = (
+        read_tensors(path) for path in (one / "divided/checkpoints/step-000002.safetensors", *(each / "divided/checkpoints/step-000003.safetensors" for each in folders))
+    )
+    learnt = [{key: value for key, value in each.items() if key.startswith(("policy.", "average."))} for each in (whole, divided, start)]
+    assert_alike(*learnt, 0.02)
+    for line, same in zip(*([line for line in read_metrics(folder / "divided") if line["kind"] == "train"] for folder in folders), strict=True):
+        assert numbers(line) == pytest.approx(numbers(same), rel=0.02, abs=1e-3)
+    assert (two / "divided/model/model_index.json").is_file()
+
+
 RECIPE = """
 model = "pictograms"
 steps = 3
