@@ -45,8 +45,8 @@ def test_a_lone_process_holds_all_of_it(tiny_pipeline: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("sd3", 2), ("flux-dev", 2), ("sdxl", 18)])
-def test_blocks_are_fetched_by_themselves(flowing: Callable[[str], Path], diffusing: Callable[[str], Path], name: str, blocks: int) -> None:
-    network: Any = load_policy((diffusing if name == "sdxl" else flowing)(name), replace(SHARDED, image_size=32)).denoiser
+def test_blocks_are_fetched_by_themselves(folder_of: Callable[[str], Path], name: str, blocks: int) -> None:
+    network: Any = load_policy(folder_of(name), replace(SHARDED, image_size=32)).denoiser
     found = units(network)
     assert len(found) == blocks + 1
     assert found[-1] is network
