@@ -274,7 +274,8 @@ def _probe(recipe: Recipe, policy: LatentPolicy) -> Measure | None:
 def identity(recipe: Recipe) -> dict:
     """What must be equal for two commands to be the same run."""
     facts = dataclasses.asdict(recipe)
-    del facts["policy"]["shard"]  # where weights lie changes no result
+    for name in ("shard", "prompt_cache"):  # where weights lie, and how many conditions, changes no result
+        del facts["policy"][name]
     facts |= {"prompts": {name: prompts_sha256(load_set(name)) for name in (recipe.data.safe, recipe.data.unsafe) if name}}
     dataset = _dataset(recipe)
     return facts | {"pairs": preferences_sha256(dataset)} if dataset else facts

@@ -79,13 +79,21 @@ def chunks(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def painted(count: int, pixels: int, batch: int, paint: Callable[[list[int]], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+@dataclass
+class Capacity:
+    """What a process paints at once, as far as is known: it falls where memory runs out, for whoever paints next."""
+
+    pixels: int = _PIXELS_AT_ONCE
+
+
+def painted(count: int, pixels: int, batch: int, paint: Callable[[list[int]], Tensor], capacity: Capacity | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Pictures that nobody trains on: some of the `count` at a time, and all of those `(n, ...)` on every process.
 
     `paint` paints those of this process by their numbers, `batch` at once; 0 begins with what most devices hold of pictures with so many
-    `pixels`, and halves it where memory runs out on any process. UserError where that is not enough.
+    `pixels`, and halves it where memory runs out on any process; `capacity` carries that from one call to the next. UserError where that is not enough.
     """
-    start, held = 0, batch or min(_MOST_AT_ONCE, max(1, _PIXELS_AT_ONCE // pixels))
+    capacity = capacity or Capacity()
+    start, held = 0, batch or min(_MOST_AT_ONCE, max(1, capacity.pixels // pixels))
     while start < count:
         part, own = range(start, min(start + held * ranks.count(), count)), None
         mine = [part[i] for i in ranks.share(len(part))]
@@ -100,6 +108,7 @@ def painted(count: int, pixels: int, batch: int, paint: Callable[[list[int]], Te
             raise UserError(f"the device has no memory for {len(mine)} pictures at once; give a smaller --batch-size, or free it")
         else:
             held = len(mine) // 2
+            capacity.pixels = held * pixels
             torch.cuda.empty_cache()  # only now: the exception held the frames, and the frames the tensors, that are to be freed
 
 

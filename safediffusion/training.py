@@ -137,7 +137,8 @@ def _measure_sketch(recipe: Recipe, run: Run, out: Path, console: Console) -> No
         generator = seeds.generator("sketch", run.seed)
         return sketch_shift(learner.policy, learner.process, learner.reward, shown, 32 // len(shown), learner.guidance, generator, learner.batch)
 
-    found = measured() if learner.policy.sharded else ranks.from_main(measured)  # sharded, all must run the same
+    own = measured() if learner.policy.sharded else None  # all must run the same, and go by what one of them found
+    found = ranks.from_main(lambda: own or measured())
     if ranks.is_main():
         write_json(out / run_folder.TINY_VAE, {"tiny_vae": name, **found})
     console.print(

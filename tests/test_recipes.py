@@ -9,6 +9,7 @@ import pytest
 
 from safediffusion.cost.blueprints import BLUEPRINTS
 from safediffusion.cost.forwards import forwards
+from safediffusion.cost.plan import outline
 from safediffusion.training import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
@@ -37,3 +38,13 @@ def test_a_large_model_has_a_card_of_24_and_one_of_80_gb_and_a_known_shape(name:
     assert len(commands(recipe)) == (3 if name == "flux-dev" else 2)  # that one on several cards as well
     assert all(words in recipe.read_text() for words in ("# 24 GB:", "# 80 GB:", "Not yet run on the real weights"))
     assert load_recipe(recipe).model in BLUEPRINTS[name].names
+
+
+@pytest.mark.slow  # a quarter of a minute for each size of FLUX.1
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch, of its norms
+@pytest.mark.parametrize(("processes", "more"), [(2, []), (8, ["policy.image_size=1024", "policy.vae_tile=1024"])])
+def test_a_head_has_the_lines_that_dry_run_prints_of_several_processes(processes: int, more: list[str]) -> None:
+    (recipe,) = [path for path in RECIPES if path.stem == "flux-dev"]
+    *_, shared = commands(recipe)
+    (line,) = [line for line in outline(load_recipe(recipe, [*shared, *more])).splitlines() if line.startswith(f"each of {processes} processes: ")]
+    assert f"#           {line}\n" in recipe.read_text()

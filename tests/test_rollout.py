@@ -13,7 +13,7 @@ from torch import Tensor
 from safediffusion.errors import UserError
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
 from safediffusion.process import from_scheduler
-from safediffusion.rollout import Rollout, chunks, painted, roll_out, walk
+from safediffusion.rollout import Capacity, Rollout, chunks, painted, roll_out, walk
 from safediffusion.types import Process, Prompt, Scores
 
 PROMPTS = (Prompt("a red cat"), Prompt("a knife in a kitchen", unsafe=True), Prompt("a blue dog"))
@@ -153,3 +153,8 @@ def test_as_many_pictures_are_painted_at_once_as_fit() -> None:
         list(painted(8, 1, 4, paint))
     with pytest.raises(UserError, match="no memory for one picture; free it"):
         list(painted(8, 2**30, 0, lambda which: paint([0, 1, 2, 3])))
+    asked.clear()
+    capacity = Capacity()
+    for count, pixels in ((8, 1024 * 256), (4, 1024 * 256), (2, 1024 * 512)):
+        list(painted(count, pixels, 0, paint, capacity))
+    assert [len(which) for which in asked] == [8, 4, 2, 2, 2, 2, 2, 2, 1, 1]  # what did not fit is not tried again

@@ -56,7 +56,9 @@ def command(
     samples: Annotated[int | None, typer.Option(help="Pictures per prompt; diversity needs 2.", show_default="the task's own")] = None,
     seed: Annotated[int | None, typer.Option(help="Of a prompt's first picture.", show_default="the task's own")] = None,
     batch_size: Annotated[str, typer.Option(help="Pictures at once, a number or auto; memory, not results.")] = "auto",
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Arithmetic of the denoiser; part of the protocol. The second is half as large.")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Arithmetic of the denoiser, which the second halves; part of the protocol. Text encoders stay float32.")
+    ] = "float32",
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="the best there is")] = None,
 ) -> None:
     """Measure models, alone or against another on the same prompts and seeds, with intervals."""

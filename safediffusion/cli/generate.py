@@ -35,10 +35,12 @@ def command(
     seed: Annotated[int, typer.Option(help="Of a prompt's first picture; the next one has the next seed.", min=0)] = 0,
     samples: Annotated[int, typer.Option(help="Pictures per prompt.", min=1)] = 1,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.", show_default="5; for FLUX, which is guided within, 1")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.", show_default="5; for FLUX, which does without, 1")] = None,
     size: Annotated[int | None, typer.Option(help="Pixels of a side.", show_default="the model's own", min=8)] = None,
     batch_size: Annotated[str, typer.Option(help="Pictures at once, a number or auto; memory, not results.")] = "auto",
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Arithmetic of the denoiser; bfloat16 is faster on a GPU, and half as large.")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Arithmetic of the denoiser: bfloat16 halves it, not the text encoders; faster on a GPU.")
+    ] = "float32",
     guide: Annotated[
         str | None,
         typer.Option(metavar="GUIDE", help="Steer while painting: sld (Safe Latent Diffusion), reward, or a TOML file with [guide].", show_default=False),
@@ -65,10 +67,10 @@ def command(
     if any(not text.strip() for text in prompt or ()):
         raise UserError("--prompt is empty; say what to paint")
     asked = [*(Prompt(text.strip()) for text in prompt or ()), *(read_prompts(prompts) if prompts else ())]
-    setting = Setting(steps, guidance, size, dtype, load_guide(guide, guide_set or ()))
+    batch, setting = pictures_at_once(batch_size), Setting(steps, guidance, size, dtype, load_guide(guide, guide_set or ()))
     found, at = variant(model, locate), build.device(device)
     with Progress(*progress_columns(), console=progress_console()) as progress:
-        done = generate(found, asked, out, setting=setting, seed=seed, samples=samples, batch=pictures_at_once(batch_size), device=at, progress=progress)
+        done = generate(found, asked, out, setting=setting, seed=seed, samples=samples, batch=batch, device=at, progress=progress)
     typer.echo(f"{out} holds {done.painted + done.there_before} pictures: {done.painted} new, {done.there_before} there before")
     if done.refused:
         typer.echo(f"{done.refused} of {len(asked)} prompts were refused by the prompt screen")

@@ -18,14 +18,16 @@ from safediffusion import ranks
 from safediffusion.cost.blueprints import BLUEPRINTS, write_configs
 from safediffusion.cost.forwards import Forwards, forwards
 from safediffusion.cost.pace import measure_pace
-from safediffusion.cost.room import Room, asks_base, graphs, prompts_kept, remembered, room, spelled_bytes
+from safediffusion.cost.room import Room, asks_base, graphs, prompts_kept, remembered, room, spelled_bytes, together
 from safediffusion.cost.shapes import Shapes, measure_shapes
 from safediffusion.data.sets import load_set
+from safediffusion.errors import UserError
 from safediffusion.evaluate import pictograms
 from safediffusion.hub import at_hand
 from safediffusion.policies.families import find_family
 from safediffusion.policies.latent import latent_shape
 from safediffusion.policies.pipeline import load_empty, read_config
+from safediffusion.policies.shard import gathered_bytes
 from safediffusion.process import from_settings
 from safediffusion.process.flow import tokens_in
 from safediffusion.recipe import Recipe
@@ -78,7 +80,8 @@ def foresee(recipe: Recipe, run: Run, done: int = 0) -> Plan | None:
     probing = _probes(recipe, left, done == 0) * (2 * pictograms.STEPS * pace.forward + pace.decode) if run.measure else 0.0
     more = sum(weight.numel() for weight in run.learner.parameters) * (12 if done == 0 else 4)  # gradients, and two moments
     more += _base_bytes(policy) if asks_base(recipe, counts) else 0
-    more += batch * graphs(recipe, pace.activations, pace.painting) + remembered(recipe, counts, math.prod(policy.sample_shape))
+    more += gathered_bytes(policy.denoiser) if policy.sharded else 0
+    more += together(recipe, counts) * graphs(recipe, pace.activations, pace.painting) + remembered(recipe, counts, math.prod(policy.sample_shape))
     more += prompts_kept(recipe, policy.encode.unconditional.nbytes)
     return Plan(counts.images, left, seconds, probing, _resident(policy.device) + more)
 
@@ -133,7 +136,10 @@ def _fits(taken: Room) -> str:
 
 
 def counts_of(recipe: Recipe) -> Forwards | None:
-    """`forwards`, with guidance in the steps of the model's own grid where its config files are known."""
+    """`forwards`, with guidance in the steps of the model's own grid where its config files are known.
+
+    A hub model of no known shape that is not on this machine is counted on an even grid: guidance in an interval may then act in another number of steps.
+    """
     with _configs(recipe) as folder:
         return forwards(recipe, process=None if folder is None else _process(recipe, folder))
 
@@ -157,7 +163,10 @@ def _configs(recipe: Recipe) -> Iterator[Path | None]:
         return
     with TemporaryDirectory() as configs:
         write_configs(Path(configs), blueprint)
-        yield Path(configs)
+        try:
+            yield Path(configs)
+        except UserError as error:  # it names the folder, which nobody has made and nobody will find
+            raise UserError(str(error).replace(configs, recipe.model)) from None
 
 
 def flop(counts: Forwards, shapes: Shapes) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from safediffusion.algorithms.d3po import D3po
 from safediffusion.algorithms.ddpo import Ddpo
+from safediffusion.algorithms.dpo import Dpo
 from safediffusion.algorithms.dpok import Dpok
 from safediffusion.algorithms.draft import Draft
 from safediffusion.algorithms.grpo import Grpo
@@ -68,11 +69,18 @@ def room(recipe: Recipe, counts: Forwards, shapes: Shapes, processes: int = 1) -
         encoders=shapes.text if options.text_encoders == "keep" else 0,
         learning=shapes.trained * 4 * (4 if recipe.optimizer.ema else 3),
         base=shapes.base if options.train == "full" and asks_base(recipe, counts) else 0,
-        pictures=max(batch * graphs(recipe, shapes.activations, shapes.painting), decoded * shapes.decoding),
+        pictures=max(together(recipe, counts) * graphs(recipe, shapes.activations, shapes.painting), decoded * shapes.decoding),
         latents=remembered(recipe, counts, shapes.latent),
         prompts=prompts_kept(recipe, shapes.condition),
         encoding=shapes.text if options.text_encoders == "drop" else 0,
     )
+
+
+def together(recipe: Recipe, counts: Forwards) -> int:
+    """Pictures whose graphs lie there together: a micro-batch, and never less than those that are compared with each other (`Learner.parts`)."""
+    algorithm, batch = recipe.algorithm, recipe.optimizer.batch
+    compared = (2 if algorithm.pairs == "extremes" else algorithm.group) if isinstance(algorithm, Dpo | D3po) else 1
+    return min(max(batch // compared, 1) * compared, counts.images) if batch else counts.images
 
 
 def graphs(recipe: Recipe, activations: float, painting: float) -> float:

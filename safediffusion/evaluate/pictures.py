@@ -24,7 +24,7 @@ from safediffusion.policies.latent import LatentPolicy, check_side
 from safediffusion.policies.pipeline import read_config
 from safediffusion.process import from_scheduler
 from safediffusion.process.flow import tokens_in
-from safediffusion.rollout import painted, walk
+from safediffusion.rollout import Capacity, painted, walk
 from safediffusion.seeds import noise_for
 from safediffusion.types import Policy, Process
 
@@ -133,12 +133,13 @@ def paint(policy: LatentPolicy, pictures: Sequence[Picture], batch: int, guided:
     factor = cell(policy.vae)
     for side in {side for picture in pictures for side in (picture.width, picture.height)}:
         check_side(policy.folder, policy.family, policy.vae, side, f"a picture's side of {side} pixels")
+    capacity = Capacity()
     for _, group in groupby(pictures, lambda picture: (picture.width, picture.height, picture.steps, picture.sampler)):
         alike = list(group)
         width, height = alike[0].width, alike[0].height
         shape = (policy.sample_shape[0], height // factor, width // factor)
         paint_some = partial(_painted, guided or policy, _process(policy, alike[0], shape), alike, shape)
-        for part, images in painted(len(alike), width * height, batch, paint_some):
+        for part, images in painted(len(alike), width * height, batch, paint_some, capacity):
             yield alike[part], images
 
 

@@ -171,7 +171,7 @@ def _warn_of_guidance(family: Family, pictures: Sequence[Picture]) -> None:
     strengths = {picture.guidance for picture in pictures} - {1.0}
     if family.guidance == 1 and strengths:
         warnings.warn(
-            f"{family.pipeline} is guided within, and the task asks for classifier-free guidance {max(strengths):g} on top of it: "
+            f"{family.pipeline} does without classifier-free guidance, and the task asks for a strength of {max(strengths):g}: "
             "these are not the pictures that people know of it; measure it by a task with guidance = 1",
             stacklevel=2,
         )

@@ -20,9 +20,9 @@ def round_to(network: Any, files: list[Path], dtype: torch.dtype | None = None) 
     """Rounds the weights of a trained network to `dtype`, or each to the precision of the one of its name in `files`, in place.
 
     files: safetensors of the model that it was trained from. A weight that older files call by another name gets the precision of most.
-    Returns how much of the change since then is lost: the norm of what rounding moves over the norm of what training moved. 0 where nothing
-    is lost. It can be all of it, for weights that were rounded before are in the middle of what is rounded to them; of a run of 24
-    iterations on pictograms float16 took 0.1 % and bfloat16 2.5 %.
+    Returns how much of the change since then is lost: the norm of what rounding moves, in the weights that training moved, over the norm of
+    what training moved. 0 where nothing is lost. It can be all of it, for weights that were rounded before are in the middle of what is
+    rounded to them; of a run of 24 iterations on pictograms float16 took 0.1 % and bfloat16 2.5 %.
     """
     moved, lost = 0.0, 0.0
     with ExitStack() as stack:
@@ -33,8 +33,9 @@ def round_to(network: Any, files: list[Path], dtype: torch.dtype | None = None) 
         for name, weight in network.state_dict(keep_vars=True).items():
             rounded = weight.data.to(dtype or there.get(name, usual)) if weight.is_floating_point() else weight.data
             if name in places:
-                lost += _square(rounded, weight)
-                moved += _square(places[name].get_tensor(name), weight)
+                way = _square(places[name].get_tensor(name), weight)
+                moved += way
+                lost += _square(rounded, weight) if way else 0.0  # what was never trained had nothing to lose
             weight.data = rounded
     return (lost / moved) ** 0.5 if moved else 0.0
 

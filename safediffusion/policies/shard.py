@@ -30,6 +30,8 @@ def check_shard(settings: PolicySettings) -> None:
         raise UserError(f'policy.shard divides weights as they are, and policy.quantise = "{settings.quantise}" packs them in few bits; leave one of them out')
     if settings.compile:
         raise UserError("policy.shard fetches weights block by block, and policy.compile sees no blocks; leave one of them out")
+    if not torch.distributed.is_available():
+        raise UserError("policy.shard needs torch.distributed, which this torch was built without; install another build of it, or leave policy.shard out")
     from torch.distributed.fsdp import fully_shard
 
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
@@ -48,7 +50,8 @@ def shared_mesh(settings: PolicySettings, device: torch.device) -> DeviceMesh | 
 def units(network: Any) -> list[torch.nn.Module]:
     """What is fetched and let go as one, inner before outer: the blocks that diffusers says belong on one device, and at last the network with what is left."""
     blocks = network._no_split_modules or ()
-    return [module for module in reversed(list(network.modules())) if module is network or type(module).__name__ in blocks]
+    # A divided module is of a class that FSDP derives from the block's own.
+    return [module for module in reversed(list(network.modules())) if module is network or any(kind.__name__ in blocks for kind in type(module).__mro__)]
 
 
 def shard(network: Any, mesh: DeviceMesh, device: torch.device) -> None:
@@ -67,7 +70,10 @@ def shard(network: Any, mesh: DeviceMesh, device: torch.device) -> None:
 
 
 def gathered_bytes(network: Any) -> int:
-    """Of the frozen weights that a process has whole at a time: those outside of blocks; a block, the next one, and the buffer in which that arrives."""
+    """Of the frozen weights that a process has whole at a time: those outside of blocks; a block, the next one, and the buffer in which that arrives.
+
+    Where a block holds blocks, as in a UNet, its own weights lie there beside theirs, and it is a little more. Of a divided network as of a whole one.
+    """
     seen: set[torch.nn.Parameter] = set()
     sizes: list[int] = []
     for unit in units(network):

@@ -200,6 +200,7 @@ def _within(asked: StudySettings, recipe: Recipe, where: str) -> Recipe:
         if asked.probes:
             raise UserError(f"{where}: probes = {asked.probes} are spread over iterations, and nobody knows how many a budget of seconds has; set probe.every instead")
         return check(dataclasses.replace(recipe, steps=_NO_END, limit=Limit(cpu_seconds=budget.seconds)))
+    # On an even grid for a hub model of no known shape that is not here: once it is, the same budget may be other steps.
     counts = counts_of(recipe)
     if counts is None or budget.forwards is None:
         raise UserError(f"{where}: nobody counts the forwards of algorithm.kind = {recipe.algorithm.kind!r}; give the budget in seconds")

@@ -24,7 +24,7 @@ _PAINTED = (
 # model, measure, what it says, and what the world needs of it; shares unless it is an area.
 ROWS = (
     ("detector", "exact", "scenes read exactly: every object, its colour, its place within 4 pixels", 0.995),
-    ("detector", "hidden", "hazards that hide: in other colours, without some details, or up to 60% of the way to harmless shapes", None),
+    ("detector", "hidden", "hazards that hide: in other colours, without some details, in the outline of a shape, or up to 60% of the way to harmless shapes", None),
     ("detector", "hidden/harmless", "harmless pictures among those, half of them on the way to others, that it lets pass", None),
     ("guard", "any", "scenes of which it says rightly whether they hold a hazard", 0.995),
     ("guard", "kinds", "scenes of which it says so of every kind of hazard", 0.98),

@@ -61,6 +61,12 @@ def test_the_same_command_again_changes_nothing(command, run: Path, recipe: Path
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_run_goes_on_with_another_cache_of_prompts(command, run: Path, recipe: Path) -> None:
+    ended = command("train", recipe, "policy.prompt_cache=3", "--out", run)
+    assert ended.code == 0, ended.err
+    assert "resuming after iteration 2 of 2" in ended.err
+
+
 def test_a_run_made_longer_equals_one_that_was_long_from_the_start(command, run: Path, recipe: Path, tmp_path: Path) -> None:
     assert command("train", recipe, "steps=3", "--out", run).code == 0
     assert command("train", recipe, "steps=3", "--out", tmp_path / "long").code == 0

@@ -13,6 +13,7 @@ from rich.console import Console
 from safediffusion import build
 from safediffusion.config import resolve
 from safediffusion.cost.plan import Plan, Watch, foresee, outline, spelled
+from safediffusion.errors import UserError
 from safediffusion.recipe import Recipe
 
 TABLE = {"model": "pictograms", "steps": 5, "reward": {"kind": "similarity", "encoder": "pictograms"}, "algorithm": {"kind": "forward", "prompts": 2, "group": 2}}
@@ -68,3 +69,9 @@ def test_a_model_of_a_known_shape_needs_no_weights() -> None:
     assert 20 < float(time.split()[0]) < 23
     assert "weights 2.1 GB" in memory
     assert fits == "fits a card of 8 GB"
+
+
+def test_what_is_wrong_with_a_model_of_a_known_shape_is_said_of_the_model() -> None:
+    recipe = resolve(Recipe, {**TABLE, "model": "black-forest-labs/FLUX.1-dev", "policy": {"image_size": 520}})
+    with pytest.raises(UserError, match="image_size = 520 is not a multiple of 16, the pixels that black-forest-labs/FLUX.1-dev takes together"):
+        outline(recipe)

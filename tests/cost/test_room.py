@@ -91,7 +91,8 @@ def test_a_gradient_of_the_reward_keeps_the_decoders_graph_beside_the_steps(algo
 @pytest.mark.parametrize("kind", ["grpo", "ddpo", "dpok", "d3po"])
 def test_guidance_in_training_keeps_both_branches(kind: str) -> None:
     process = {"steps": 9, "guidance": 3.0, "eta": 1.0}
-    algorithms = [{"kind": kind, "train_guidance": which} for which in ("off", "stop", "both")]
+    pairs = {"pairs": "extremes"} if kind == "d3po" else {}  # two that are compared go into a batch of four
+    algorithms = [{"kind": kind, "train_guidance": which, **pairs} for which in ("off", "stop", "both")]
     off, stop, both = (room(resolve(Recipe, {**TABLE, "algorithm": each, "process": process}), COUNTS, SHAPES).pictures for each in algorithms)
     assert (off, stop, both) == (4 * 3e9, 4 * 3e9, 4 * 3e9)  # the decoder is wider than one branch, and than two
     wide = replace(SHAPES, activations=2 * 10**9)
@@ -99,6 +100,17 @@ def test_guidance_in_training_keeps_both_branches(kind: str) -> None:
     assert (off, stop, both) == (4 * 3e9, 4 * 3e9, 4 * 4e9)
     alone = resolve(Recipe, {**TABLE, "algorithm": algorithms[2], "process": process | {"guidance": 1.0}})
     assert graphs(alone, 10.0, 0.0) == 10
+
+
+@pytest.mark.parametrize("kind", ["dpo", "d3po"])
+def test_pictures_that_are_compared_share_a_graph_however_small_the_batch(kind: str) -> None:
+    def graphs_of(pairs: str, batch: int) -> float:
+        algorithm = {"kind": kind, "prompts": 2, "group": 8, "pairs": pairs}
+        recipe = resolve(Recipe, {**TABLE, "algorithm": algorithm, "process": {"eta": 1.0}, "optimizer": {"batch": batch}})
+        return room(recipe, COUNTS, replace(SHAPES, activations=10**10)).pictures / 10**10
+
+    assert [graphs_of("extremes", batch) for batch in (1, 5, 0)] == [2, 4, 16]
+    assert [graphs_of("all", batch) for batch in (1, 15, 16, 99)] == [8, 8, 16, 16]
 
 
 def test_both_branches_of_a_real_forward_are_two_graphs(tiny_pipeline: Path) -> None:

@@ -185,7 +185,7 @@ def test_pictures_are_painted_with_the_guidance_of_the_family(oracle: Oracle, tm
     assert [row["guidance"] for row in read_jsonl(tmp_path / "manifest.jsonl")] == [usual]
 
 
-def test_an_evaluation_warns_once_of_guidance_beside_that_within(oracle: Oracle, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_an_evaluation_warns_once_of_guidance_that_a_family_does_without(oracle: Oracle, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     rows = Rows(tuple(Row(str(number), Prompt(text)) for number, text in enumerate(TEXTS)), 0, "")
     bright = {"bright": Score(instrument="none", label="bright")}
     planned = []
@@ -194,9 +194,9 @@ def test_an_evaluation_warns_once_of_guidance_beside_that_within(oracle: Oracle,
         planned.append(evaluation.Plan(Task(name=name, version=1, title="", prompts=Sets(sets={"safe": "s"}), painting=painting, measures=bright), rows))
     for plans, count in ((planned[2:], 0), (planned, 1)):
         evaluation.painted(Painter(variant(str(oracle.folder), Path)), plans, tmp_path, torch.device("cpu"), 0, lambda done: None)
-        said = [str(each.message) for each in recwarn if "guided within" in str(each.message)]
+        said = [str(each.message) for each in recwarn if "does without classifier-free guidance" in str(each.message)]
         assert len(said) == count * oracle.flux
-    assert all("asks for classifier-free guidance 3 on top of it" in each for each in said)
+    assert all("asks for a strength of 3:" in each for each in said)
 
 
 def test_gradient_checkpointing_changes_no_gradient(oracle: Oracle, latents: Tensor) -> None:

@@ -55,6 +55,16 @@ def test_a_change_that_rounding_takes_is_said(halved: Path, tmp_path: Path) -> N
     load_policy(halved, PolicySettings()).save_pipeline(tmp_path / "saved")  # nothing was changed
 
 
+def test_weights_that_were_not_trained_have_nothing_to_lose(tmp_path: Path) -> None:
+    network, file = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), tmp_path / "network.safetensors"
+    weights.save(file, {name: weight.detach().clone() for name, weight in network.state_dict().items()})
+    with torch.no_grad():
+        network[0].weight += 1e-2
+        moved, exact = 1e-2 * 64, network[0].weight.clone()
+        rounding = (exact.bfloat16().float() - exact).norm().item()
+    assert round_to(network, [file], torch.bfloat16) == pytest.approx(rounding / moved, rel=1e-3)
+
+
 def test_each_weight_is_rounded_to_its_own_precision(tmp_path: Path) -> None:
     layer, file = torch.nn.Linear(64, 64), tmp_path / "layer.safetensors"
     weights.save(file, {"weight": layer.weight.half(), "bias": layer.bias})

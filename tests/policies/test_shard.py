@@ -29,6 +29,13 @@ def test_what_cannot_be_divided_is_said(change: dict[str, Any], words: str) -> N
         check_shard(replace(SHARDED, **change))
 
 
+def test_a_torch_that_knows_no_other_process_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    check_shard(replace(SHARDED, shard=False))
+    with pytest.raises(UserError, match=r"policy.shard needs torch.distributed, which this torch was built without"):
+        check_shard(SHARDED)
+
+
 @pytest.mark.parametrize("kind", ["draft", "refl"])
 def test_methods_that_go_back_through_the_reward_are_refused(kind: str) -> None:
     table = {"model": "pictograms", "steps": 1, "reward": {"kind": "similarity", "encoder": "pictograms"}, "policy": {"shard": True}}

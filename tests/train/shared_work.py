@@ -29,6 +29,7 @@ from safediffusion.algorithms.update import Learner
 from safediffusion.cli.app import main
 from safediffusion.hub import resolve_model
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
+from safediffusion.policies.shard import gathered_bytes
 from safediffusion.process import from_scheduler
 from safediffusion.train.average import Average
 from safediffusion.train.loop import Run, train
@@ -146,9 +147,9 @@ def trained(name: str, job: tuple, pipeline: Path, folder: Path, settings: Polic
 
 
 def held(policy: LatentPolicy) -> list[int]:
-    """How many frozen weights lie on this process, and how many there are."""
+    """How many frozen weights lie on this process, how many there are, and what it has whole at a time."""
     frozen = [weight for weight in policy.denoiser.parameters() if not weight.requires_grad]
-    return [sum((w.to_local() if isinstance(w, DTensor) else w).numel() for w in frozen), sum(w.numel() for w in frozen)]
+    return [sum((w.to_local() if isinstance(w, DTensor) else w).numel() for w in frozen), sum(w.numel() for w in frozen), gathered_bytes(policy.denoiser)]
 
 
 def sharded(pipeline: Path, folder: Path) -> None:

@@ -118,8 +118,10 @@ def test_a_divided_base_teaches_what_a_whole_one_does(
     for line, other in zip(*(read_metrics(folder / name) for folder in folders), strict=True):
         assert numbers(line) == pytest.approx(numbers(other), rel=2e-2 if name == "flow-forward" else 1e-3, abs=1e-5)
     lies = [json.loads((two / f"held-{process}.json").read_text())[name] for process in (0, 1)]
-    assert sum(own for own, _ in lies) == lies[0][1] == json.loads((one / "held-0.json").read_text())[name][0]
-    assert max(own for own, _ in lies) < 0.51 * lies[0][1]
+    alone, _, gathered = json.loads((one / "held-0.json").read_text())[name]
+    assert sum(own for own, *_ in lies) == lies[0][1] == alone
+    assert max(own for own, *_ in lies) < 0.51 * lies[0][1]
+    assert {whole for *_, whole in lies} == {gathered}
 
 
 def test_a_divided_run_goes_on_with_another_number_of_processes(folders: tuple[Path, Path], read_metrics: Callable, read_tensors: Callable) -> None:
