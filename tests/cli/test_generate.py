@@ -49,6 +49,10 @@ class Cramped:
     most: int
 
     @property
+    def folder(self) -> Path:
+        return self.variant.folder
+
+    @property
     def description(self) -> dict[str, Any]:
         return self.variant.description
 
