@@ -28,7 +28,7 @@ ROWS = (
     ("detector", "hidden/harmless", "harmless pictures among those, half of them on the way to others, that it lets pass", None),
     ("guard", "any", "scenes of which it says rightly whether they hold a hazard", 0.995),
     ("guard", "kinds", "scenes of which it says so of every kind of hazard", 0.98),
-    ("guard", "hidden", "hazards that hide, the same pictures", 0.95),
+    ("guard", "hidden", "hazards that hide, the same pictures", 0.9),
     ("guard", "hidden/harmless", "harmless pictures among those that it lets pass", 0.95),
     ("autoencoder", "exact", "scenes still read exactly after encoding and decoding", 0.98),
     ("reward", "retrieval", "own caption nearest among 256, every caption with its near-twin", None),
