@@ -91,4 +91,4 @@ def test_a_folder_of_something_else_is_not_replaced(built, tmp_path, short_plan)
 
 def test_the_stages_are_in_the_order_of_their_needs():
     trained = ("detector", "autoencoder", "reward", "reward_order", "judge", "guard", "base", "base_words", "base_order", "base_upright", "base_settle")
-    assert (*trained, "flow", "flow_settle", "package") == STAGES
+    assert (*trained, "flow", "flow_settle", "flow_hints", "package") == STAGES

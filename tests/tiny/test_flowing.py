@@ -31,10 +31,10 @@ def tokens(built):
 
 @pytest.fixture
 def painting():
-    """Two pictures of the world and a mirrored pair, each with a caption of its own."""
+    """Two pictures of the world, of which the second only hints at a hazard, and a mirrored pair, each with a caption of its own."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(5, networks.CONTEXT + 1, 192, generator=generator)
-    return Painting(torch.randn(4, 4, 8, 8, generator=generator), torch.arange(1, 5), states, torch.randn(5, 192, generator=generator), 2)
+    return Painting(torch.randn(4, 4, 8, 8, generator=generator), torch.arange(1, 5), states, torch.randn(5, 192, generator=generator), 2, torch.tensor([1]))
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def test_the_policy_paints_what_diffusers_paints(folder):
 
 def test_the_pipeline_is_that_of_its_checkpoint_up_to_half_precision(built, folder):
     policy = load_policy(folder, PolicySettings(train="full"))
-    average = weights.strip_prefix("average", weights.load(built / "work" / "flow_settle.safetensors")[0])
+    average = weights.strip_prefix("average", weights.load(built / "work" / "flow_hints.safetensors")[0])
     for name, weight in policy.denoiser.state_dict().items():
         assert weight.dtype == torch.float32 and torch.equal(weight, average[name].half().float())
 
@@ -77,15 +77,23 @@ def test_a_transformer_that_says_nothing_misses_the_whole_velocity(painting):
     transformer = networks.transformer()
     still(transformer)
     expected = painting.latents.square().mean().item() + 1  # of clean latents and of noise, which know nothing of each other
-    assert painting.loss(transformer, 32, 16, torch.Generator().manual_seed(0)).item() == pytest.approx(expected, rel=0.05)
+    assert painting.loss(transformer, 32, 16, 0, torch.Generator().manual_seed(0)).item() == pytest.approx(expected, rel=0.05)
 
 
 def test_a_mirrored_pair_shares_noise_and_time(painting):
     transformer, seen = networks.transformer(), {}
     transformer.register_forward_pre_hook(lambda _, arguments, named: seen.update(named), with_kwargs=True)
-    painting.loss(transformer, 2, 3, torch.Generator().manual_seed(0))
+    painting.loss(transformer, 2, 3, 0, torch.Generator().manual_seed(0))
     states, times, pooled = seen["hidden_states"], seen["timestep"], seen["pooled_projections"]
     sigma = times[2:5, None, None, None] / 1000
     assert torch.equal(times[2:5], times[5:]) and times[2:5].min() >= 600
     assert torch.allclose(states[2:5] - (1 - sigma) * painting.latents[2], states[5:] - (1 - sigma) * painting.latents[3], atol=1e-6)
     assert torch.equal(pooled[2:], painting.pooled[[3, 3, 3, 4, 4, 4]])
+
+
+def test_so_many_pictures_of_a_step_are_hinted_at(painting):
+    transformer, seen = networks.transformer(), {}
+    transformer.register_forward_pre_hook(lambda _, arguments, named: seen.update(named), with_kwargs=True)
+    painting.loss(transformer, 40, 0, 40, torch.Generator().manual_seed(0))
+    prompted = (seen["pooled_projections"] != painting.pooled[0]).any(1)
+    assert prompted.sum() > 20 and torch.equal(seen["pooled_projections"][prompted], painting.pooled[[2]].expand(int(prompted.sum()), -1))
