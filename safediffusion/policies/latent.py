@@ -149,21 +149,29 @@ class LatentPolicy:
     def save_pipeline(self, folder: Path, dtype: str | None = None) -> None:
         """A diffusers folder of the trained model, adapters merged; it replaces one that was saved there before.
 
-        Its denoiser is rounded to `dtype`, or to the precision that it has in the base model's folder; warns where that takes much of what was learned.
+        Its denoiser is rounded to `dtype`, with a warning where that takes much of what was learned; or to the precision that it has in the
+        base model's folder, where that leaves what was learned, and kept in float32 otherwise.
         """
         if self.settings.train == "none":
             raise UserError('a model with policy.train = "none" is only painted with; load it with "full" to save it')
-        denoiser, part = trainable(self.family, self.folder, self.settings), self.family.network
-        _assign({name: denoiser.get_parameter(name) for name in self.trained}, self.state())
-        if self.settings.train == "lora":
-            merge_lora(denoiser)
+        denoiser, part = self._merged(), self.family.network
         lost = round_to(denoiser, weight_files(self.folder / part), None if dtype is None else getattr(torch, dtype))
-        if lost > _MUCH:
+        if lost > _MUCH and dtype is None:
+            denoiser = self._merged()
+        elif lost > _MUCH:
             warnings.warn(
                 f"rounding takes {min(lost, 1.0):.0%} of what training changed in the {part}; export it with --dtype float32, or the adapters alone with --lora",
                 stacklevel=2,
             )
         write_pipeline(denoiser, part, self.folder, folder)
+
+    def _merged(self) -> Any:
+        """A copy of the denoiser as it is trained, adapters merged; float32, on the CPU."""
+        denoiser = trainable(self.family, self.folder, self.settings)
+        _assign({name: denoiser.get_parameter(name) for name in self.trained}, self.state())
+        if self.settings.train == "lora":
+            merge_lora(denoiser)
+        return denoiser
 
     def save_lora(self, folder: Path) -> None:
         """The adapters alone, for `load_lora_weights(folder)` of its diffusers pipeline."""

@@ -51,8 +51,16 @@ def test_a_saved_model_has_the_precision_of_its_source(halved: Path, tmp_path: P
 
 def test_a_change_that_rounding_takes_is_said(halved: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"rounding takes \d+% of what training changed in the transformer; export it with --dtype float32"):
-        trained(halved, "full", 1e-6).save_pipeline(tmp_path / "saved")
-    load_policy(halved, PolicySettings()).save_pipeline(tmp_path / "saved")  # nothing was changed
+        trained(halved, "full", 1e-6).save_pipeline(tmp_path / "saved", "bfloat16")
+    load_policy(halved, PolicySettings()).save_pipeline(tmp_path / "saved", "bfloat16")  # nothing was changed
+
+
+def test_a_change_that_the_precision_of_the_source_would_take_is_kept(halved: Path, tmp_path: Path) -> None:
+    policy = trained(halved, "full", 1e-6)
+    policy.save_pipeline(tmp_path / "saved")
+    saved = weights.load(tmp_path / "saved" / WEIGHTS)[0]
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    assert all(torch.equal(saved[name], weight) for name, weight in policy.state().items())
 
 
 def test_weights_that_were_not_trained_have_nothing_to_lose(tmp_path: Path) -> None:

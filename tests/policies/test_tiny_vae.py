@@ -125,7 +125,6 @@ def test_what_it_does_to_the_reward_is_measured(taught: Path) -> None:
     assert found(str(taught), batch=5) == pytest.approx(rough, abs=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:rounding takes")  # one step of so small a rate is less than the precision of the base in its folder
 def test_a_run_keeps_what_was_measured(taught: Path, recipe: Callable[[Path], Path], tmp_path: Path) -> None:
     post_train(recipe(taught), tmp_path / "run")
     kept = json.loads((tmp_path / "run" / "tiny_vae.json").read_text())
