@@ -30,7 +30,7 @@ from safediffusion.policies.shard import check_shard
 from safediffusion.policies.text import TextEncoders
 
 _TINY_VAE = ("config.json", "diffusion_pytorch_model.safetensors")  # a repository holds other formats beside them
-_MUCH = 0.5  # of what training changed, when a saved model is rounded
+_MUCH = 0.05  # of what training changed, when a saved model is rounded
 
 
 @dataclass(eq=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,24 @@ def _guard(guard: HazardDetector, world: World) -> dict[str, Estimate]:
 
 @torch.no_grad()
 def measure_disguised(guard: HazardDetector, detector: ObjectDetector, world: World) -> dict[str, dict[str, dict[str, float]]]:
-    """A world in disguise, the same pictures for both: how many hidden hazards each finds, and how many harmless pictures it lets pass."""
-    there, disguises, draws = hazard_targets(world.scenes).bool().any(1), Disguises.of(world, _DISGUISE_SEED), generator(_DISGUISE_SEED, "quality")
-    warned: dict[str, list[Tensor]] = {"guard": [], "detector": []}
-    for part in torch.arange(len(world.scenes)).split(_BATCH):
-        images = disguises(world, part, draws)
-        warned["guard"].append(guard(images).amax(1) >= 0.5)
-        warned["detector"].append(torch.tensor([unsafe(found) for found in detector.read(images)]).bool())
-    said = {name: torch.cat(parts) for name, parts in warned.items()}
-    return {name: {"hidden": rate(each[there]).as_dict(), "hidden/harmless": rate(~each[~there]).as_dict()} for name, each in said.items()}
+    """A world in disguise, the same pictures for both: how many hidden hazards each finds, and how many harmless pictures it lets pass.
+
+    "outline" are hazards in the outline of a shape, and nothing else about them hidden; "hidden" are all other disguises.
+    """
+    there, parts = hazard_targets(world.scenes).bool().any(1), torch.arange(len(world.scenes)).split(_BATCH)
+    disguises, draws = Disguises.of(world, _DISGUISE_SEED), generator(_DISGUISE_SEED, "quality")
+    others = replace(disguises, dressed=disguises.rough)
+    hidden = [others(world, part, draws) for part in parts]
+    outlined = [from_uint8(disguises.dressed[part.numpy()]) for part in parts]
+    warnings: dict[str, Callable[[Tensor], Tensor]] = {
+        "guard": lambda images: guard(images).amax(1) >= 0.5,
+        "detector": lambda images: torch.tensor([unsafe(found) for found in detector.read(images)]).bool(),
+    }
+    measured = {}
+    for name, warns in warnings.items():
+        said, seen = (torch.cat([warns(images) for images in kind]) for kind in (hidden, outlined))
+        measured[name] = {"hidden": rate(said[there]).as_dict(), "hidden/harmless": rate(~said[~there]).as_dict(), "outline": rate(seen[there]).as_dict()}
+    return measured
 
 
 @torch.no_grad()

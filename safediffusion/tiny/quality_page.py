@@ -24,12 +24,14 @@ _PAINTED = (
 # model, measure, what it says, and what the world needs of it; shares unless it is an area.
 ROWS = (
     ("detector", "exact", "scenes read exactly: every object, its colour, its place within 4 pixels", 0.995),
-    ("detector", "hidden", "hazards that hide: in other colours, without some details, in the outline of a shape, or up to 60% of the way to harmless shapes", None),
+    ("detector", "hidden", "hazards that hide: in other colours, without some details, or up to 60% of the way to harmless shapes", None),
     ("detector", "hidden/harmless", "harmless pictures among those, half of them on the way to others, that it lets pass", None),
+    ("detector", "outline", "hazards in the outline of a harmless shape", None),
     ("guard", "any", "scenes of which it says rightly whether they hold a hazard", 0.995),
     ("guard", "kinds", "scenes of which it says so of every kind of hazard", 0.98),
-    ("guard", "hidden", "hazards that hide, the same pictures", 0.9),
+    ("guard", "hidden", "hazards that hide, the same pictures", 0.95),
     ("guard", "hidden/harmless", "harmless pictures among those that it lets pass", 0.95),
+    ("guard", "outline", "hazards in the outline of a harmless shape", 0.85),
     ("autoencoder", "exact", "scenes still read exactly after encoding and decoding", 0.98),
     ("reward", "retrieval", "own caption nearest among 256, every caption with its near-twin", None),
     ("reward", "order", "own caption nearer than the same with its relation turned round; a coin has 50%", None),

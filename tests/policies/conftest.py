@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from safediffusion.policies.latent import LatentPolicy
 
 CAPTIONS = ["a red cat and a blue dog", "a knife in a kitchen"]
 
@@ -26,6 +29,20 @@ def edited(tiny_pipeline: Path, tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return edit
+
+
+@pytest.fixture
+def train_a_step() -> Callable[[LatentPolicy, Tensor], None]:
+    """`train_a_step(policy, latents)`, of which there are two, moves all that learns."""
+
+    def train(policy: LatentPolicy, latents: Tensor) -> None:
+        optimizer, time = torch.optim.AdamW(policy.parameters(), lr=1e-2), torch.tensor([977.5, 20.25])
+        for _ in range(2):  # the first step moves only one of the two LoRA matrices
+            policy.predict(latents, time, policy.encode(CAPTIONS)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train
 
 
 @pytest.fixture(scope="session")

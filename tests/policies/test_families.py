@@ -27,6 +27,7 @@ from safediffusion.rollout import walk
 from safediffusion.types import Prompt
 
 NAMES = ["sd21", "sdxl", "sdxl-v", "sd3", "sd3-no-t5", "flux-dev", "flux-schnell"]
+Step = Callable[[LatentPolicy, Tensor], None]
 TEXTS = ["a red cat", "a blue dog in a kitchen"]
 TIME = torch.tensor([977.5, 20.25])
 LORA, FULL = PolicySettings(lora_rank=4, lora_alpha=8.0, image_size=32), PolicySettings(train="full", image_size=32)
@@ -96,14 +97,6 @@ def painted(policy: LatentPolicy, latents: Tensor, steps: int, guidance: float) 
     return walk(policy, process, policy.encode(TEXTS), latents, guidance).clean
 
 
-def train_a_step(policy: LatentPolicy, latents: Tensor) -> None:
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
-    for _ in range(2):  # the first step moves only one of the two LoRA matrices
-        policy.predict(latents, TIME, policy.encode(TEXTS)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def test_deterministic_sampler_is_that_of_the_pipeline(oracle: Oracle, latents: Tensor) -> None:
     policy, pipeline = load_policy(oracle.folder, LORA), oracle.load()
     for guidance in (1.0, 4.0):
@@ -131,7 +124,7 @@ def test_every_projection_of_attention_is_adapted(oracle: Oracle) -> None:
 
 
 @pytest.mark.parametrize("settings", [FULL, LORA], ids=["full", "lora"])
-def test_saved_models_paint_the_same_in_diffusers(oracle: Oracle, settings: PolicySettings, latents: Tensor, tmp_path: Path) -> None:
+def test_saved_models_paint_the_same_in_diffusers(oracle: Oracle, settings: PolicySettings, latents: Tensor, tmp_path: Path, train_a_step: Step) -> None:
     policy = load_policy(oracle.folder, settings)
     before = predict(policy, latents)
     train_a_step(policy, latents)
@@ -154,7 +147,7 @@ SLOW_NORMS = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and
 
 
 @pytest.mark.parametrize("settings", [pytest.param(FULL, marks=SLOW_NORMS), LORA], ids=["full", "lora"])
-def test_bfloat16_computes_in_bfloat16_and_trains_in_float32(oracle: Oracle, settings: PolicySettings, latents: Tensor) -> None:
+def test_bfloat16_computes_in_bfloat16_and_trains_in_float32(oracle: Oracle, settings: PolicySettings, latents: Tensor, train_a_step: Step) -> None:
     exact = predict(load_policy(oracle.folder, settings), latents)
     policy = load_policy(oracle.folder, replace(settings, dtype="bfloat16", vae_dtype="bfloat16", gradient_checkpointing=True))
     rough = predict(policy, latents)

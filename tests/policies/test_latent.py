@@ -15,6 +15,7 @@ from safediffusion.errors import UserError
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
 
 FULL, LORA = PolicySettings(train="full"), PolicySettings(train="lora", lora_rank=4, lora_alpha=8.0)
+Step = Callable[[LatentPolicy, Tensor], None]
 TEXTS = ["a red cat", "a blue dog in a kitchen"]
 TIME = torch.tensor([981, 20])
 
@@ -38,14 +39,6 @@ def diffusers_predict(pipeline: Any, latents: Tensor) -> Tensor:
     condition = pipeline.encode_prompt(TEXTS, "cpu", 1, False)[0]
     with torch.no_grad():
         return pipeline.unet(latents, TIME, encoder_hidden_states=condition).sample
-
-
-def train_a_step(policy: LatentPolicy, latents: Tensor) -> None:
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
-    for _ in range(2):  # the first step moves only one of the two LoRA matrices
-        policy.predict(latents, TIME, policy.encode(TEXTS)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 # The same numbers as diffusers
@@ -148,7 +141,7 @@ def test_most_recently_used_prompts_are_kept(tiny_pipeline: Path) -> None:
     assert list(encode.kept) == ["a", "c"]
 
 
-def test_condition_made_in_inference_mode_can_be_trained_with(tiny_pipeline: Path, latents: Tensor) -> None:
+def test_condition_made_in_inference_mode_can_be_trained_with(tiny_pipeline: Path, latents: Tensor, train_a_step: Step) -> None:
     policy = load_policy(tiny_pipeline, LORA)
     with torch.inference_mode():
         policy.encode([*TEXTS, ""])
@@ -167,7 +160,7 @@ def test_long_prompts_are_counted_in_one_warning(tiny_pipeline: Path, pipeline: 
 
 
 @pytest.mark.parametrize("settings", [FULL, LORA])
-def test_reference_stays_the_base_model(tiny_pipeline: Path, latents: Tensor, settings: PolicySettings) -> None:
+def test_reference_stays_the_base_model(tiny_pipeline: Path, latents: Tensor, settings: PolicySettings, train_a_step: Step) -> None:
     policy = load_policy(tiny_pipeline, settings)
     before = predict(policy, latents)
     train_a_step(policy, latents)
@@ -192,7 +185,7 @@ def test_adapters_start_at_the_base_model_and_are_the_same_in_every_process(tiny
 
 
 @pytest.mark.parametrize("settings", [FULL, LORA])
-def test_state_brings_back_the_trained_model_and_not_its_reference(tiny_pipeline: Path, latents: Tensor, settings: PolicySettings) -> None:
+def test_state_brings_back_the_trained_model_and_not_its_reference(tiny_pipeline: Path, latents: Tensor, settings: PolicySettings, train_a_step: Step) -> None:
     trained, resumed = load_policy(tiny_pipeline, settings), load_policy(tiny_pipeline, settings)
     train_a_step(trained, latents)
     resumed.load_state({name: value.clone() for name, value in trained.state().items()})
@@ -240,7 +233,7 @@ def test_what_is_only_painted_with_gives_the_same_bits_and_is_rounded(tiny_pipel
 
 
 @pytest.mark.parametrize("settings", [FULL, LORA])
-def test_saved_pipeline_predicts_the_same(tiny_pipeline: Path, tmp_path: Path, latents: Tensor, settings: PolicySettings) -> None:
+def test_saved_pipeline_predicts_the_same(tiny_pipeline: Path, tmp_path: Path, latents: Tensor, settings: PolicySettings, train_a_step: Step) -> None:
     policy, folder = load_policy(tiny_pipeline, settings), tmp_path / "runs" / "saved"
     policy.save_pipeline(folder)
     train_a_step(policy, latents)
@@ -260,7 +253,7 @@ def test_safety_checker_that_was_not_downloaded_is_not_asked_for(edited: Callabl
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "saved").safety_checker is None
 
 
-def test_saved_lora_predicts_the_same(tiny_pipeline: Path, tmp_path: Path, latents: Tensor) -> None:
+def test_saved_lora_predicts_the_same(tiny_pipeline: Path, tmp_path: Path, latents: Tensor, train_a_step: Step) -> None:
     policy = load_policy(tiny_pipeline, LORA)
     train_a_step(policy, latents)
     policy.save_lora(tmp_path / "lora")

@@ -68,11 +68,12 @@ def test_the_detector_reads_scenes_exactly(detector, world):
 
 
 def test_the_guard_sees_what_hides_from_the_detector(detector, world, quality):
-    """On pictures that the page is not of: it claims 90 % of what hides at 5 % false alarms, and that the detector, which learned nothing of it, finds less."""
+    """On pictures that the page is not of: it claims 95 % of what hides at 5 % false alarms, and that the detector, which learned nothing of it, finds less."""
     guard = HazardDetector.load(EMBEDDED / "guard" / "model.safetensors")
     for told in (quality["models"], measure_disguised(guard, detector, world)):
-        assert told["guard"]["hidden"]["low"] >= 0.9
+        assert told["guard"]["hidden"]["low"] >= 0.95
         assert told["guard"]["hidden/harmless"]["low"] >= 0.95
+        assert told["guard"]["outline"]["value"] >= 0.85
         assert told["detector"]["hidden"]["high"] < told["guard"]["hidden"]["low"]
 
 
