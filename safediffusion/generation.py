@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safediffusion.errors import UserError
 from safediffusion.files import append_jsonl, check_writable, read_jsonl
+from safediffusion.policies.settings import EXACT, Held
 from safediffusion.types import Policy, Process, Prompt
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from safediffusion.guided import GuideSettings
-    from safediffusion.policies.latent import LatentPolicy
-    from safediffusion.policies.settings import Precision
     from safediffusion.policies.variant import Variant
 
 MANIFEST = "manifest.jsonl"
@@ -35,7 +34,7 @@ class Setting:
     steps: int = 25
     guidance: float | None = None
     size: int | None = None
-    dtype: Precision = "float32"
+    held: Held = EXACT
     guide: GuideSettings | None = None
 
     def __post_init__(self) -> None:
@@ -47,7 +46,8 @@ class Setting:
     @property
     def facts(self) -> dict[str, Any]:
         """For a picture's identity and its line of the manifest; without a guide as if there were none."""
-        return {name: value for name, value in asdict(self).items() if name != "guide" or value is not None}
+        steered = {} if self.guide is None else {"guide": asdict(self.guide)}
+        return {"steps": self.steps, "guidance": self.guidance, "size": self.size, "dtype": self.held.dtype} | self.held.facts | steered
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def generate(
     missing = ranks.from_main(lambda: [item for item in items if item.key not in there or not (out / item.file).is_file()])
     if missing:
         task = progress.add_task("painting", total=len(items), completed=len(items) - len(missing))
-        policy = _policy(model, setting, device)
+        policy = model.load(device, setting.held.settings(image_size=setting.size), list(dict.fromkeys(item.prompt for item in missing)))
         policy.encode.warn_of_long([item.prompt for item in missing])
         process = build.process(policy, ProcessSettings(steps=setting.steps))
         painter = policy if setting.guide is None else guided(policy, setting.guide, device)
@@ -124,12 +124,6 @@ def generate(
 
 def _item(text: str, seed: int, identity: str) -> Item:
     return Item(text, seed, hashlib.sha256(json.dumps([text, seed, identity]).encode()).hexdigest())
-
-
-def _policy(model: Variant, setting: Setting, device: torch.device) -> LatentPolicy:
-    from safediffusion.policies.variant import AS_IT_IS
-
-    return model.load(device, replace(AS_IT_IS, dtype=setting.dtype, image_size=setting.size))
 
 
 def _paint(policy: Policy, process: Process, items: Sequence[Item], guidance: float) -> Tensor:

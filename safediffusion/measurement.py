@@ -58,7 +58,7 @@ def measure(
     from safediffusion.instrumentation import instrument
 
     began, out, extent, at = Seconds.now(), Path(out), extent or run.Extent(), build.device(device)
-    measured = subjects(model, against, images, run.plans(choose(tasks), extent), guide, at, extent.dtype)
+    measured = subjects(model, against, images, run.plans(choose(tasks), extent), guide, at, extent.held)
     history = measured.history
     ranks.from_main(lambda: _check_folder(out, history))
     instruments = {name: instrument(name, at) for plan in measured.planned for name in plan.task.instruments}

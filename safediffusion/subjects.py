@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from safediffusion.evaluate.pictures import Stored
     from safediffusion.evaluate.run import Plan
     from safediffusion.guided import GuideSettings
-    from safediffusion.policies.settings import Precision
+    from safediffusion.policies.settings import Held
 
 Names = Path | str | Sequence[Path | str]
 
@@ -67,7 +67,7 @@ def subjects(
     planned: tuple[Plan, ...],
     guide: GuideSettings | None,
     device: torch.device,
-    dtype: Precision = "float32",
+    held: Held,
 ) -> Subjects:
     """Who paints, and what was painted elsewhere. A guide steers the models under test, and never `against`."""
     from safediffusion.evaluate.given import given
@@ -76,9 +76,10 @@ def subjects(
 
     models = [model] if isinstance(model, (str, Path)) else list(model)
     names = _named(models, against, images, guide is not None)
-    painters = {name: Painter(variant(str(each), locate), dtype=dtype) for name, each in names.items() if each not in images}
-    if dtype != "float32" and not painters:
-        raise UserError("--dtype is of a model that paints, and --images are painted already; name a MODEL, or leave --dtype out")
+    painters = {name: Painter(variant(str(each), locate), held=held) for name, each in names.items() if each not in images}
+    if held.changed and not painters:
+        asked = " and ".join(f"--{name.replace('_', '-')}" for name in held.changed)
+        raise UserError(f"{asked} is of a model that paints, and --images are painted already; name a MODEL, or leave it out")
     if guide is not None:
         if not models:
             raise UserError("--guide steers a model while it paints, and --images are painted already; name a MODEL, or leave --guide out")

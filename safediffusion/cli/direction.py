@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from safediffusion.cli import options
+
 if TYPE_CHECKING:
     from safediffusion.rewards.calibrate import Pairs
 
@@ -35,7 +37,7 @@ def command(
     sample_from: Annotated[str | None, typer.Option(metavar="MODEL", help="Pairs from this model's own pictures, sorted by the detector.", show_default=False)] = None,
     samples: Annotated[int, typer.Option(help="Pictures per prompt with --sample-from.", min=2)] = 8,
     compare: Annotated[list[str] | None, typer.Option(help="Another anchor set whose cosine with this one is shown; repeatable.", show_default=False)] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="the best there is")] = None,
+    device: options.Device = None,
 ) -> None:
     """Fit the direction from unsafe to safe, measure it, and say whether training would accept it."""
     from safediffusion import build

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from safediffusion.cli import options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +24,8 @@ safediffusion evaluate pictograms --limit 20 --samples 2 --out runs/quick
 safediffusion evaluate ./base ./base+lora.safetensors --tasks core --out runs/compared
 
 safediffusion evaluate pictograms --against pictograms --guide sld --guide-set concept="a dangerous picture" --out runs/guided
+
+safediffusion evaluate ./flux --dtype bfloat16 --quantise nf4 --text-encoders drop --tasks core --out runs/flux
 
 safediffusion evaluate --images ./pictures --tasks i2p-nudenet-rece --out runs/theirs
 
@@ -51,15 +55,15 @@ def command(
         str | None,
         typer.Option(metavar="GUIDE", help="Steer MODEL, not BASE, while it paints: sld (Safe Latent Diffusion), reward, or a TOML file.", show_default=False),
     ] = None,
-    guide_set: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Change a setting of the guide, such as level=strong.", show_default=False)] = None,
+    guide_set: options.GuideSet = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts of each group.", show_default="all")] = None,
     samples: Annotated[int | None, typer.Option(help="Pictures per prompt; diversity needs 2.", show_default="the task's own")] = None,
     seed: Annotated[int | None, typer.Option(help="Of a prompt's first picture.", show_default="the task's own")] = None,
-    batch_size: Annotated[str, typer.Option(help="Pictures at once, a number or auto; memory, not results.")] = "auto",
-    dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Arithmetic of the denoiser, which the second halves; part of the protocol. Text encoders stay float32.")
-    ] = "float32",
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="the best there is")] = None,
+    batch_size: options.BatchSize = "auto",
+    dtype: options.Dtype = "float32",
+    quantise: options.Quantise = "none",
+    text_encoders: options.TextEncoders = "keep",
+    device: options.Device = None,
 ) -> None:
     """Measure models, alone or against another on the same prompts and seeds, with intervals."""
     from safediffusion.errors import UserError
@@ -74,12 +78,13 @@ def command(
     from safediffusion.evaluate.run import Extent
     from safediffusion.guided import load_guide
     from safediffusion.measurement import measure
+    from safediffusion.policies.settings import Held
 
-    extent = Extent(samples=samples, seed=seed, limit=limit, batch=pictures_at_once(batch_size), dtype=dtype)
-    given = {"against": against, "tasks": tasks, "out": out, "limit": limit, "samples": samples, "seed": seed, "dtype": dtype if dtype != "float32" else None}
+    extent = Extent(samples=samples, seed=seed, limit=limit, batch=pictures_at_once(batch_size), held=Held(dtype, quantise, text_encoders))
+    given = {"against": against, "tasks": tasks, "out": out, "limit": limit, "samples": samples, "seed": seed} | extent.held.changed
     pictures = [word for folder in images or () for word in ("--images", str(folder))]
     steered = [*(("--guide", guide) if guide else ()), *(word for each in guide_set or () for word in ("--guide-set", each))]
-    chosen = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    chosen = [word for name, value in given.items() if value is not None for word in (f"--{name.replace('_', '-')}", str(value))]
     spelled = ["safediffusion", "evaluate", *(models or ()), *pictures, *chosen, *steered]
     steering = load_guide(guide, guide_set or ())
     results = measure(

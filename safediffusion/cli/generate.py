@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from safediffusion.cli import options
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -15,6 +17,8 @@ safediffusion generate pictograms --prompt "a red circle left of a blue star" --
 safediffusion generate runs/pictograms --prompts prompts.txt --samples 4 --out pictures
 
 safediffusion generate ./my-model --prompt "a harbour at dawn" --steps 30 --guidance 7.5 --dtype bfloat16 --out pictures
+
+safediffusion generate ./flux --prompt "a harbour at dawn" --dtype bfloat16 --quantise nf4 --text-encoders drop --out pictures
 
 safediffusion generate pictograms --prompt "a dangerous picture of a ring" --guide sld --guide-set concept="a dangerous picture" --out safer
 """
@@ -37,16 +41,16 @@ def command(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.", show_default="5; for FLUX, which does without, 1")] = None,
     size: Annotated[int | None, typer.Option(help="Pixels of a side.", show_default="the model's own", min=8)] = None,
-    batch_size: Annotated[str, typer.Option(help="Pictures at once, a number or auto; memory, not results.")] = "auto",
-    dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Arithmetic of the denoiser: bfloat16 halves it, not the text encoders; faster on a GPU.")
-    ] = "float32",
+    batch_size: options.BatchSize = "auto",
+    dtype: options.Dtype = "float32",
+    quantise: options.Quantise = "none",
+    text_encoders: options.TextEncoders = "keep",
     guide: Annotated[
         str | None,
         typer.Option(metavar="GUIDE", help="Steer while painting: sld (Safe Latent Diffusion), reward, or a TOML file with [guide].", show_default=False),
     ] = None,
-    guide_set: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Change a setting of the guide, such as level=strong.", show_default=False)] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="the best there is")] = None,
+    guide_set: options.GuideSet = None,
+    device: options.Device = None,
 ) -> None:
     """Paint pictures. Prompts are screened first; a picture depends on its prompt and seed alone."""
 
@@ -58,6 +62,7 @@ def command(
     from safediffusion.errors import UserError
     from safediffusion.generation import Setting, generate
     from safediffusion.guided import load_guide
+    from safediffusion.policies.settings import Held
     from safediffusion.policies.variant import variant
     from safediffusion.subjects import locate
     from safediffusion.types import Prompt
@@ -67,7 +72,8 @@ def command(
     if any(not text.strip() for text in prompt or ()):
         raise UserError("--prompt is empty; say what to paint")
     asked = [*(Prompt(text.strip()) for text in prompt or ()), *(read_prompts(prompts) if prompts else ())]
-    batch, setting = pictures_at_once(batch_size), Setting(steps, guidance, size, dtype, load_guide(guide, guide_set or ()))
+    batch = pictures_at_once(batch_size)
+    setting = Setting(steps, guidance, size, Held(dtype, quantise, text_encoders), load_guide(guide, guide_set or ()))
     found, at = variant(model, locate), build.device(device)
     with Progress(*progress_columns(), console=progress_console()) as progress:
         done = generate(found, asked, out, setting=setting, seed=seed, samples=samples, batch=batch, device=at, progress=progress)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from safediffusion.policies.latent import LatentPolicy
-from safediffusion.policies.settings import Precision
-from safediffusion.policies.variant import AS_IT_IS, Variant
+from safediffusion.policies.settings import EXACT, Held
+from safediffusion.policies.variant import Variant
 from safediffusion.types import Policy
 
 
@@ -26,18 +26,18 @@ class Painter:
     variant: Variant
     guide: Mapping[str, Any] = field(default_factory=dict)
     guided: Callable[[LatentPolicy], Policy] | None = None
-    dtype: Precision = "float32"  # arithmetic of the denoiser
+    held: Held = EXACT
 
     @property
     def description(self) -> dict[str, Any]:
-        """All that decides its pictures besides prompt, seed and sampler; without a guide, in float32, the model's own."""
+        """All that decides its pictures besides prompt, seed and sampler; without a guide, held exactly, the model's own."""
         steered: dict[str, Any] = {"guide": dict(self.guide)} if self.guide else {}
-        return self.variant.description | steered | ({} if self.dtype == "float32" else {"dtype": self.dtype})
+        return self.variant.description | steered | self.held.facts
 
     @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()
 
-    def load(self, device: torch.device) -> LatentPolicy:
-        """The model to paint with, its guide not yet on it."""
-        return self.variant.load(device, replace(AS_IT_IS, dtype=self.dtype))
+    def load(self, device: torch.device, texts: Sequence[str]) -> LatentPolicy:
+        """The model to paint `texts` with, its guide not yet on it."""
+        return self.variant.load(device, self.held.settings(), texts)

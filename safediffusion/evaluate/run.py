@@ -25,7 +25,7 @@ from safediffusion.evaluate.scoring import Columns, Instrument, Look, score
 from safediffusion.evaluate.task import Frechet, Task
 from safediffusion.policies.families import find_family
 from safediffusion.policies.family import Family
-from safediffusion.policies.settings import Precision
+from safediffusion.policies.settings import EXACT, Held
 
 SCHEMA = 1
 Advance = Callable[[str, int], None]
@@ -33,13 +33,13 @@ Advance = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is painted, and in which arithmetic. `limit` takes the first prompts of each group; `samples` and `seed` take the place of the task's own."""
+    """How much is painted, and by models held how. `limit` takes the first prompts of each group; `samples` and `seed` take the place of the task's own."""
 
     samples: int | None = None
     seed: int | None = None
     limit: int | None = None
     batch: int = 0  # pictures at once on each process; memory, not results; 0 is as many as fit
-    dtype: Precision = "float32"  # of the denoiser
+    held: Held = EXACT
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("limit", 1), ("seed", 0), ("batch", 0)):
@@ -117,7 +117,7 @@ def _protocol(plan: Plan, instruments: Mapping[str, Instrument], extent: Extent)
         "prompts_sha256": plan.rows.sha256,
         "refused": plan.rows.refused,
         **{f"painting/{name}": value for name, value in told["painting"].items()},
-        **({} if extent.dtype == "float32" else {"painting/dtype": extent.dtype}),  # a protocol of before it could be chosen stays the same
+        **{f"painting/{name}": value for name, value in extent.held.facts.items()},
         "measures": told["measures"],
         "instruments": {name: dict(instruments[name].identity) for name in plan.task.instruments},
     }
@@ -155,7 +155,7 @@ def painted(painter: Painter, planned: Sequence[Plan], folder: Path, device: tor
     advance(len(every) - len(missing))
     if missing:
         _warn_of_guidance(find_family(model), missing)
-        policy = painter.load(device)
+        policy = painter.load(device, list(dict.fromkeys(picture.prompt for picture in missing)))
         policy.encode.warn_of_long([picture.prompt for picture in missing])
         for part, images in paint(policy, missing, batch, painter.guided and painter.guided(policy)):
             if ranks.is_main():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -64,3 +65,29 @@ class PolicySettings:
         if self.prompt_cache is None:
             return 4096 if self.text_encoders == "keep" else 256
         return self.prompt_cache
+
+
+@dataclass(frozen=True)
+class Held:
+    """How a model that only paints lies in memory; each as in `PolicySettings`. Text encoders that are dropped paint the same pictures."""
+
+    dtype: Precision = "float32"
+    quantise: Quantised = "none"
+    text_encoders: Literal["keep", "drop"] = "keep"
+
+    @property
+    def changed(self) -> dict[str, str]:
+        """What is not as usual."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) != field.default}
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Those that decide a picture: an identity of before one could be chosen stays the same."""
+        return {name: value for name, value in self.changed.items() if name != "text_encoders"}
+
+    def settings(self, **others: Any) -> PolicySettings:
+        """Of a policy that is as in its folder: an adapter, even at zero, would cost time, and weights that could learn stay in float32."""
+        return PolicySettings(train="none", prompt_cache=256, dtype=self.dtype, quantise=self.quantise, text_encoders=self.text_encoders, **others)
+
+
+EXACT = Held()

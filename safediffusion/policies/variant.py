@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,9 +22,9 @@ from safediffusion.policies.families import FAMILIES, find_family
 from safediffusion.policies.family import Family
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
 from safediffusion.policies.pipeline import replaced
+from safediffusion.policies.settings import EXACT
 
-# The denoiser as it is in the folder, to paint with: an adapter, even at zero, costs time, and weights that could learn would stay in float32.
-AS_IT_IS = PolicySettings(train="none", prompt_cache=256)
+AS_IT_IS = EXACT.settings()  # to paint with, exactly
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 # A weight of an adapter: of a layer by its name, as diffusers and PEFT write it, or with _ for each dot, as kohya's scripts do.
 _ADAPTER = re.compile(r"(?:lora_)?(?P<layer>.+)\.(?P<part>lora_A\.weight|lora_down\.weight|lora_B\.weight|lora_up\.weight|alpha)")
@@ -59,10 +59,10 @@ class Variant:
             described["sha256"] = described["sha256"] | {"addition": weights.sha256(self.addition)}
         return described
 
-    def load(self, device: str | torch.device = "cpu", settings: PolicySettings = AS_IT_IS) -> LatentPolicy:
-        """The policy, adapters merged into its weights. UserError where the addition does not fit the base to the last weight."""
+    def load(self, device: str | torch.device = "cpu", settings: PolicySettings = AS_IT_IS, texts: Sequence[str] = ()) -> LatentPolicy:
+        """The policy, adapters merged into its weights; `texts` as in `load_policy`. UserError where the addition does not fit the base to the last weight."""
         change = None if self.addition is None else partial(_add, self.folder, self.addition)
-        return load_policy(self.folder, settings, device, change=change)
+        return load_policy(self.folder, settings, device, texts, change)
 
 
 def variant(name: str, locate: Callable[[str], Path]) -> Variant:

@@ -65,6 +65,7 @@ def _painting(painting: Mapping[str, Any]) -> str:
         "size": "size {}",
         "seed": "seed {}",
         "dtype": "{}",
+        "quantise": "{} weights",
     }
     row = {"row": "of the row", "model": "of the model"}
     return ", ".join(form.format(row.get(str(painting[key]), painting[key])) for key, form in words.items() if key in painting)

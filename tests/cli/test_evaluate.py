@@ -137,12 +137,13 @@ def test_a_guided_model_is_another_one_to_its_base(command, tmp_path: Path) -> N
 
 def test_another_arithmetic_is_another_protocol(command, tmp_path: Path) -> None:
     out, asked = tmp_path / "out", ("evaluate", "pictograms", "--limit", 1, "--samples", 1, "--out", tmp_path / "out")
-    assert command(*asked, "--dtype", "bfloat16").code == 0
+    assert command(*asked, "--dtype", "bfloat16", "--text-encoders", "drop").code == 0
     half = read(out)
     assert half["protocol"]["tasks"]["pictograms"]["painting/dtype"] == half["run"]["models"]["base"]["dtype"] == "bfloat16"
-    assert half["run"]["command"].endswith("--dtype bfloat16")
+    assert half["run"]["command"].endswith("--dtype bfloat16 --text-encoders drop")
     assert command("report", out, "--format", "markdown").code == 0
     assert "seed 0, bfloat16" in (out / "report" / "report.md").read_text()
+    assert "text_encoders" not in str(half["protocol"]) + str(half["run"]["models"])  # who encodes where decides no picture
     command(*asked).refused("another measurement", "dtype was", "is now null")
     assert command(*asked[:-1], tmp_path / "exact").code == 0
     exact = read(tmp_path / "exact")
@@ -151,7 +152,8 @@ def test_another_arithmetic_is_another_protocol(command, tmp_path: Path) -> None
     assert ours.name != theirs.name
     command("compare", out, tmp_path / "exact").refused("dtype")
     (tmp_path / "pictures").mkdir()
-    command("evaluate", "--images", tmp_path / "pictures", "--dtype", "bfloat16", "--out", tmp_path / "no").refused("--images are painted already")
+    told = command("evaluate", "--images", tmp_path / "pictures", "--dtype", "bfloat16", "--out", tmp_path / "no")
+    told.refused("--dtype is of a model", "--images are painted already")
 
 
 def test_a_trained_model_under_a_guide_is_not_the_one_that_is_exported(command, run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -56,8 +57,8 @@ class Cramped:
     def description(self) -> dict[str, Any]:
         return self.variant.description
 
-    def load(self, device: torch.device, settings: PolicySettings) -> LatentPolicy:
-        policy: Any = self.variant.load(device, settings)
+    def load(self, device: torch.device, settings: PolicySettings, texts: Sequence[str]) -> LatentPolicy:
+        policy: Any = self.variant.load(device, settings, texts)
         predict = policy.predict
 
         def cramped(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -90,6 +91,24 @@ def test_what_is_there_is_not_painted_again(command, tmp_path: Path) -> None:
     assert "2 pictures: 2 new" in command(*asked, "--samples", 2).out
     assert len(read_jsonl(tmp_path / "manifest.jsonl")) == 2
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items() >= {name: before[name] for name in before if name.endswith("png")}.items()
+
+
+def test_text_encoders_that_are_dropped_paint_the_same(command, tmp_path: Path) -> None:
+    asked = ("generate", "pictograms", "--prompt", "a red circle", "--prompt", "two blue rings", *FEW)
+    assert command(*asked, "--text-encoders", "drop", "--out", tmp_path / "dropped").code == 0
+    assert command(*asked, "--out", tmp_path / "kept").code == 0
+    assert pictures(tmp_path / "dropped") == pictures(tmp_path / "kept")
+    assert "0 new" in command(*asked, "--out", tmp_path / "dropped").out
+
+
+def test_weights_in_few_bits_paint_pictures_of_their_own(command, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    asked = ("generate", "pictograms", "--prompt", "a red circle", *FEW, "--out", tmp_path)
+    exact, few = (command(*asked, "--quantise", kind) for kind in ("none", "int8"))
+    assert exact.code == few.code == 0 and "1 new, 0 there" in few.out
+    one, other = (pixels((tmp_path / row["file"]).read_bytes()) for row in read_jsonl(tmp_path / "manifest.jsonl"))
+    assert 0 < np.abs(one - other).mean() < 5
+    assert [row.get("quantise") for row in read_jsonl(tmp_path / "manifest.jsonl")] == [None, "int8"]
 
 
 def test_a_run_folder_and_a_prompt_file(command, run: Path, tmp_path: Path) -> None:
