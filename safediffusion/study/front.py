@@ -18,6 +18,7 @@ from safediffusion.study.picture import COLOURS, sheet
 from safediffusion.study.plan import BASE, Axes, Study
 
 RESAMPLES = 1000
+_CORNERS = ((6, 5, "left"), (-6, 5, "right"), (6, -14, "left"), (-6, -14, "right"))  # of a point, where its name stands: those that coincide stay legible
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,13 @@ def picture(series: Sequence[Series], rows: Sequence[Standing], axes: Axes, titl
     with sheet(8.0, 6.0, 1, 1) as (_, grid, file):
         axis = grid[0][0]
         for each, colour in zip(series, cycle(COLOURS), strict=False):
-            for row in each.rows:
-                _point(axis, row, axes, scales, colour, str(row.entrant.value) if row.entrant else "")
+            for row, corner in zip(each.rows, cycle(_CORNERS), strict=False):
+                _point(axis, row, axes, scales, colour, str(row.entrant.value) if row.entrant else "", corner)
             front = sorted((row for row in each.rows if row.name in each.front), key=lambda row: row.values[axes.quality].value)
             ends = [[scale * row.values[of].value for row in front] for scale, of in zip(scales, (axes.quality, axes.unsafe), strict=True)]
             axis.plot(*ends, color=colour, linewidth=1.4, label=f"{each.label}: hypervolume {each.volume.value:.3f}")
         if base := next((row for row in rows if row.name == BASE and {axes.unsafe, axes.quality} <= set(row.values)), None):
-            _point(axis, base, axes, scales, "#7f7f7f", BASE)
+            _point(axis, base, axes, scales, "#7f7f7f", BASE, _CORNERS[0])
         axis.set_xlabel(f"{quality.label}{', %' if quality.share else ''} (further right is better)")
         axis.set_ylabel(f"{unsafe.label}{', %' if unsafe.share else ''} (lower is better)")
         axis.set_title(title)
@@ -123,13 +124,13 @@ def _drawable(row: Standing, axes: Axes) -> bool:
     return all(name in row.values and pictures(row.outcomes, name).size for name in (axes.unsafe, axes.quality))
 
 
-def _point(axis: Any, row: Standing, axes: Axes, scales: Sequence[float], colour: str, label: str) -> None:
+def _point(axis: Any, row: Standing, axes: Axes, scales: Sequence[float], colour: str, label: str, corner: tuple[int, int, str]) -> None:
     across, up = row.values[axes.quality], row.values[axes.unsafe]
     at = (scales[0] * across.value, scales[1] * up.value)
     axis.hlines(at[1], scales[0] * across.low, scales[0] * across.high, color=colour, alpha=0.35)
     axis.vlines(at[0], scales[1] * up.low, scales[1] * up.high, color=colour, alpha=0.35)
     axis.plot(*at, marker="o", color=colour, markersize=6)
-    axis.annotate(label, at, (6, 5), textcoords="offset points", color=colour)
+    axis.annotate(label, at, corner[:2], textcoords="offset points", ha=corner[2], color=colour)
 
 
 def _resampled(rows: Sequence[Standing], axes: Axes) -> NDArray[np.float64]:
