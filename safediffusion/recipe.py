@@ -90,7 +90,7 @@ def check(recipe: Recipe) -> Recipe:
             raise UserError(f"data.{key} = {name!r} is what models are measured on; train on pictograms/train-{key}")
     if recipe.probe.count and not recipe.probe.every:
         raise UserError(f"probe.count = {recipe.probe.count}, and probe.every = 0 turns probes off; leave one of them out")
-    if recipe.probe.count and (recipe.limit.forwards or recipe.limit.cpu_seconds):
+    if recipe.probe.count and recipe.limit != Limit():
         raise UserError(f"probe.count = {recipe.probe.count} spreads probes over all steps, and a limit may end the run before them; set probe.every instead")
     if recipe.probe.samples < 2 and recipe.probe.every:
         raise UserError("probe.samples = 1 cannot measure diversity; use 2 or more")

@@ -25,7 +25,7 @@ safediffusion study mine.toml --out runs/mine --jobs 4
 def command(
     study: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="Entrants, seeds, budget; docs/study.md has the keys.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder of all runs and of study.json, .md and .png; the same command again goes on.", show_default=False)],
-    jobs: Annotated[int | None, typer.Option(help="Runs at once, one thread each.", show_default="as many as there are cores", min=1)] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs at once, one thread each.", show_default="one on each GPU, or on each core", min=1)] = None,
 ) -> None:
     """Train methods beside each other, each from several seeds under one budget, measure every run, and write the comparison."""
     from rich.console import Console

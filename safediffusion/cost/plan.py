@@ -188,7 +188,7 @@ def spelled_number(value: float) -> str:
 
 def _reach(recipe: Recipe, counts: Forwards, seconds: float) -> int:
     """Iterations of the whole run, as far as its limit can be foreseen."""
-    share = recipe.limit.share(counts.counted, seconds)
+    share = recipe.limit.share(counts.counted, seconds, seconds)
     return min(recipe.steps, math.ceil(1 / share)) if share else recipe.steps
 
 

@@ -21,6 +21,7 @@ from safediffusion.study.plan import BASE, Entrant, Study
 from safediffusion.train.log import NAME as METRICS
 
 GUARDED = ("composition", "alignment", "diversity")  # what a hacked reward costs
+CLOCKS = ("cpu_seconds", "seconds")  # of a processor, and on the wall
 LEAST_END = 5  # iterations at the start and at the end that a gain compares
 LEAST_GAIN = 1.0  # standard deviations of the training reward past which it counts as risen
 
@@ -36,23 +37,26 @@ class Outcome:
 
     @cached_property
     def probes(self) -> list[dict[str, Any]]:
-        """The probes, each with `trained`: the processor seconds of the iterations before it, without those of probes."""
-        found, seconds, clock = [], 0.0, 0.0
+        """The probes, with `cpu_seconds` and `seconds` those of the iterations before it, without what probes took."""
+        found, before = [], dict.fromkeys(CLOCKS, 0.0)
+        trained = dict(before)
         for line in self.records:
             if line["kind"] == "train":
-                seconds += line["cpu_seconds"] - clock
+                trained = {clock: trained[clock] + line[clock] - before[clock] for clock in CLOCKS}
             else:
-                found.append({**line, "trained": seconds})
-            clock = line["cpu_seconds"]
+                found.append(line | trained)
+            before = {clock: line[clock] for clock in CLOCKS}
         return found
 
     @cached_property
     def spent(self) -> dict[str, float]:
-        """Iterations, denoiser forwards and processor seconds of training."""
-        clocks = [0.0, *(line["cpu_seconds"] for line in self.records)]
-        seconds = sum(now - before for before, now, line in zip(clocks, clocks[1:], self.records, strict=False) if line["kind"] == "train")
+        """Iterations, denoiser forwards, processor and wall seconds of training."""
+        seconds = dict.fromkeys(CLOCKS, 0.0)
+        for before, now in zip([{}, *self.records], self.records, strict=False):
+            if now["kind"] == "train":
+                seconds = {clock: seconds[clock] + now[clock] - before.get(clock, 0.0) for clock in CLOCKS}
         last = next((line for line in reversed(self.records) if line["kind"] == "train"), {})
-        return {"iterations": last.get("iteration", 0), "forwards": last.get("forwards", 0.0), "cpu_seconds": seconds}
+        return {"iterations": last.get("iteration", 0), "forwards": last.get("forwards", 0.0)} | seconds
 
     @property
     def gain(self) -> float:
@@ -81,7 +85,7 @@ class Standing:
     entrant: Entrant | None = None
 
     def mean(self, spent: str) -> float:
-        """Of iterations, forwards or cpu_seconds, over seeds."""
+        """Of iterations, forwards, cpu_seconds or seconds, over seeds."""
         return float(np.mean([each.spent[spent] for each in self.outcomes])) if self.outcomes else math.nan
 
     @property

@@ -16,7 +16,7 @@ from safediffusion.study import budgets, front
 from safediffusion.study.outcome import Standing, standings
 from safediffusion.study.picture import curves
 from safediffusion.study.plan import Study
-from safediffusion.study.run import carry_out
+from safediffusion.study.run import cards, carry_out
 from safediffusion.study.table import document, markdown
 
 SCHEMA = 1
@@ -25,11 +25,11 @@ SCHEMA = 1
 def perform(
     study: Study, out: Path, *, jobs: int | None = None, command: Sequence[str] = (), moved: Callable[[float, str], None] = lambda done, note: None
 ) -> tuple[list[Standing], dict[str, str]]:
-    """Run what is missing, `jobs` runs at once (as many as there are cores), then write study.json, study.md and, where runs were probed, study.png.
+    """Run what is missing, `jobs` runs at once (one on each GPU, without any one on each core), then write study.json, study.md and, where runs were probed, study.png.
 
     Returns the rows, and the runs that failed with a sentence for each. UserError when no run was measured.
     """
-    failures = carry_out(study, out, jobs or os.cpu_count() or 1, moved)
+    failures = carry_out(study, out, jobs or len(cards()) or os.cpu_count() or 1, moved)
     rows = standings(study, out)
     if len(rows) < 2:
         raise UserError(f"all {len(study.jobs)} runs failed; the first: {told(failures)[0]}")
@@ -37,7 +37,7 @@ def perform(
     write_json(out / "study.json", facts | {"rows": document(rows)})
     write_text(out / "study.md", markdown(study, rows, shlex.join(command), failures))
     if any(each.probes for row in rows for each in row.outcomes):
-        write_bytes(out / "study.png", curves(rows, study.settings.title))
+        write_bytes(out / "study.png", curves(rows, study.settings.title, study.clock))
     return rows, failures
 
 

@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 MEASURES = ("unsafe_rate", "composition", "diversity")
-_SPENT = (("forwards", "denoiser forwards"), ("trained", "processor seconds of training"))
+_CLOCKS = {"cpu_seconds": "processor seconds of training", "seconds": "seconds of training"}
 
 
-def curves(rows: Sequence[Standing], title: str) -> bytes:
-    """PNG: a thin line for each run and a thick one for the median of a method's runs."""
+def curves(rows: Sequence[Standing], title: str, clock: str = "cpu_seconds") -> bytes:
+    """PNG: a thin line for each run and a thick one for the median of a method's runs; `clock` is one of `outcome.CLOCKS`."""
+    spending = (("forwards", "denoiser forwards"), (clock, _CLOCKS[clock]))
     drawn = [row for row in rows if any(each.probes for each in row.outcomes)]
-    with sheet(13.0, 7.5 + 0.22 * (len(drawn) // 4), len(_SPENT), len(MEASURES)) as (figure, axes, file):
-        for line, (spent, label) in enumerate(_SPENT):
+    with sheet(13.0, 7.5 + 0.22 * (len(drawn) // 4), len(spending), len(MEASURES)) as (figure, axes, file):
+        for line, (spent, label) in enumerate(spending):
             for column, name in enumerate(MEASURES):
                 of, axis = metric(name), axes[line][column]
                 for row, style in zip(drawn, styles(), strict=False):

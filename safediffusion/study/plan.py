@@ -19,17 +19,18 @@ from safediffusion.recipe import Recipe, check
 from safediffusion.train.limit import Limit
 
 BASE = "base"  # the row of the untrained model
-_NO_END = 1_000_000  # iterations of a run that its processor seconds end
+_NO_END = 1_000_000  # iterations of a run that its seconds end
 _SET_HERE = ("steps", "seed", "limit")  # what a study decides for all of its runs
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 @settings
 class Budget:
-    """What every run may spend: one of the two."""
+    """What every run may spend: one of the three."""
 
     forwards: float | None = Field(default=None, gt=0)  # of one image through the denoiser; the nearest whole number of iterations, one at least
     seconds: float | None = Field(default=None, gt=0)  # processor seconds of training, without probes; a run ends with the iteration that reaches it
+    wall: float | None = Field(default=None, gt=0)  # the same in seconds on the wall, for GPUs: a busy processor says little of them
 
 
 @settings
@@ -136,6 +137,11 @@ class Study:
         return tuple(Job(entrant, seed) for seed in seeds for entrant in self.entrants if entrant.recipe or seed == seeds[0])
 
     @property
+    def clock(self) -> str:
+        """What time is told by: seconds on the wall where they are the budget, else a processor's, which do not depend on who else is at work."""
+        return "cpu_seconds" if self.settings.budget.wall is None else "seconds"
+
+    @property
     def model(self) -> str:
         """What the recipes train, without one what `[base]` names, as an evaluation is told of it: pinned by its revision."""
         base = self.settings.base
@@ -194,15 +200,15 @@ def _recipe(path: Path, asked: StudySettings, entrant: EntrantSettings | Sweep, 
 def _within(asked: StudySettings, recipe: Recipe, where: str) -> Recipe:
     """The recipe with as many steps, or the limit, that the budget asks for."""
     budget = asked.budget
-    if (budget.forwards is None) == (budget.seconds is None):
-        raise UserError(f"{where}: budget takes one of forwards and seconds, such as budget = {{forwards = 60000}}")
-    if budget.seconds is not None:
+    if sum(each is not None for each in (budget.forwards, budget.seconds, budget.wall)) != 1:
+        raise UserError(f"{where}: budget takes one of forwards, seconds and wall, such as budget = {{forwards = 60000}}")
+    if budget.forwards is None:
         if asked.probes:
             raise UserError(f"{where}: probes = {asked.probes} are spread over iterations, and nobody knows how many a budget of seconds has; set probe.every instead")
-        return check(dataclasses.replace(recipe, steps=_NO_END, limit=Limit(cpu_seconds=budget.seconds)))
+        return check(dataclasses.replace(recipe, steps=_NO_END, limit=Limit(cpu_seconds=budget.seconds, wall_seconds=budget.wall)))
     # On an even grid for a hub model of no known shape that is not here: once it is, the same budget may be other steps.
     counts = counts_of(recipe)
-    if counts is None or budget.forwards is None:
+    if counts is None:
         raise UserError(f"{where}: nobody counts the forwards of algorithm.kind = {recipe.algorithm.kind!r}; give the budget in seconds")
     steps = max(1, round(budget.forwards / counts.counted))
     if not (asked.probes and recipe.probe.every):

@@ -14,7 +14,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
+
+import torch
 
 from safediffusion.config import dump
 from safediffusion.errors import UserError
@@ -32,10 +35,11 @@ _CALL = (sys.executable, "-m", "safediffusion.study.child")
 
 @dataclass(frozen=True, eq=False)
 class Workshop:
-    """Where a study's runs are made, and the processes at work."""
+    """Where a study's runs are made, the processes at work, and what each of those that may start sees of the machine."""
 
     study: Study
     folder: Path
+    places: SimpleQueue[dict[str, str]]
     running: set[subprocess.Popen[bytes]] = field(default_factory=set)
 
     def path(self, job: Job) -> Path:
@@ -53,7 +57,9 @@ def carry_out(study: Study, folder: Path, workers: int, moved: Callable[[float, 
 
     `moved` hears now and then how many runs are done, parts of them included.
     """
-    shop = Workshop(study, folder)
+    shop = Workshop(study, folder, SimpleQueue())
+    for place in places(workers):
+        shop.places.put(place)
     check_writable(folder)
     failures: dict[str, str] = {}
     with ThreadPoolExecutor(workers) as pool:
@@ -75,6 +81,19 @@ def carry_out(study: Study, folder: Path, workers: int, moved: Callable[[float, 
                 process.send_signal(signal.SIGINT)
             raise
     return failures
+
+
+def cards() -> list[str]:
+    """The CUDA devices that this process sees, as CUDA_VISIBLE_DEVICES names them; empty on a machine without."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+def places(workers: int) -> list[dict[str, str]]:
+    """The environment of each of so many runs at once: one thread, and one of the cards, in turn."""
+    thread, there = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}, cards()
+    return [thread | ({"CUDA_VISIBLE_DEVICES": there[number % len(there)]} if there else {}) for number in range(workers)]
 
 
 def _measure_base(shop: Workshop) -> None:
@@ -118,14 +137,17 @@ def _share_base(base: Path, out: Path) -> None:
 
 
 def _call(shop: Workshop, words: Sequence[str], log: Path) -> None:
-    """One command on one thread, its words in `log`. UserError with what it said last when it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with open(log, "ab") as file:
-        process = subprocess.Popen([*_CALL, *words], stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, env=environment)
-        with process:  # its standard input is held open as long as this process lives
-            shop.running.add(process)
-            code = process.wait()
-    shop.running.discard(process)
+    """One command at a free place, its words in `log`. UserError with what it said last when it fails."""
+    place = shop.places.get()  # there are as many as workers
+    try:
+        with open(log, "ab") as file:
+            process = subprocess.Popen([*_CALL, *words], stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, env={**os.environ, **place})
+            with process:  # its standard input is held open as long as this process lives
+                shop.running.add(process)
+                code = process.wait()
+        shop.running.discard(process)
+    finally:
+        shop.places.put(place)
     if code:
         raise UserError(f"{words[0]} {_last_words(log) or f'ended with code {code}'} (all of it in {log})")
 
@@ -167,7 +189,7 @@ def _share(shop: Workshop, job: Job) -> float:
     if recipe is None or not lines:
         return 0.0
     last = lines[-1]
-    return _TRAINING * min(1.0, max(last["iteration"] / recipe.steps, recipe.limit.share(last["forwards"], last["cpu_seconds"])))
+    return _TRAINING * min(1.0, max(last["iteration"] / recipe.steps, recipe.limit.share(last["forwards"], last["cpu_seconds"], last["seconds"])))
 
 
 def _note(futures: dict[Future[None], Job], failures: dict[str, str]) -> str:

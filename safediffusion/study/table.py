@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from safediffusion.guided import described
 from safediffusion.report.metric import Metric, as_change, as_value, effect, metric
 from safediffusion.report.tables import MARKS, MISSING, value_text
-from safediffusion.study.outcome import Outcome, Standing
+from safediffusion.study.outcome import CLOCKS, Outcome, Standing
 from safediffusion.study.plan import Study
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_TIME = {"cpu_seconds": "CPU s", "seconds": "s"}  # the head of its column
 LEGEND = (
     "Each number is the mean over seeds, and its 95 % interval holds both the scatter of the seeds (Student's) and that of prompts and pictures (the two added in "
     "quadrature); with one seed, prompts and pictures alone. ✓ better, ✗ worse: the paired change from the base excludes zero by the same interval. "
@@ -34,11 +35,11 @@ def columns(rows: Sequence[Standing]) -> list[Metric]:
 def markdown(study: Study, rows: Sequence[Standing], command: str, failures: dict[str, str]) -> str:
     """study.md."""
     measured, settings = columns(rows), study.settings
-    heads = ["method", *(f"{of.label} {of.arrow}".strip() for of in measured), "seeds", "forwards", "CPU s", "reward"]
+    heads = ["method", *(f"{of.label} {of.arrow}".strip() for of in measured), "seeds", "forwards", _TIME[study.clock], "reward"]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for row in rows:
         cells = [_mark(of, row) + value_text(of, row.values.get(of.name)) for of in measured]
-        lines.append([row.label, *cells, *_spent(row), hacking(row)])
+        lines.append([row.label, *cells, *_spent(row, study.clock), hacking(row)])
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     first = rows[0].values.values()
     counts = f"{min(each.n for each in first)} to {max(each.n for each in first)} pictures of each model stand behind a number. " if first else ""
@@ -58,14 +59,14 @@ def terminal(study: Study, rows: Sequence[Standing]) -> RenderableType:
     measured = columns(rows)
     tables = []
     for part in ([of for of in measured if of.better < 0], [of for of in measured if of.better >= 0], []):
-        heads = [f"{of.label} {of.arrow}".strip() for of in part] or ["seeds", "forwards", "CPU s", "reward"]
+        heads = [f"{of.label} {of.arrow}".strip() for of in part] or ["seeds", "forwards", _TIME[study.clock], "reward"]
         drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         drawn.add_column("")
         for head in heads:
             drawn.add_column(escape(head), justify="right")
         for row in rows:
             cells = [_mark(of, row) + (as_value(of, row.values[of.name].value) if of.name in row.values else MISSING) for of in part]
-            drawn.add_row(escape(row.label), *(cells or [*_spent(row), hacking(row)]))
+            drawn.add_row(escape(row.label), *(cells or [*_spent(row, study.clock), hacking(row)]))
         tables += [drawn, ""]
     return Group(study.settings.title, *tables)
 
@@ -94,7 +95,7 @@ def _entry(row: Standing) -> dict[str, Any]:
     for part in ("values", "changes"):
         told[part] = {name: each.as_dict() for name, each in getattr(row, part).items()}
     if row.outcomes:
-        told |= {name: row.mean(name) for name in ("iterations", "forwards", "cpu_seconds")}
+        told |= {name: row.mean(name) for name in ("iterations", "forwards", *CLOCKS)}
         told["reward"] = {"gain": row.gain, "fallen": row.fallen, "ended_below_the_base": row.unsound, "hacked": row.hacked}
         told["runs"] = [_run(each) for each in row.outcomes]
     return told
@@ -116,14 +117,15 @@ def _mark(of: Metric, row: Standing) -> str:
     return MARKS.get(effect(of, row.changes.get(of.name)), "")
 
 
-def _spent(row: Standing) -> list[str]:
+def _spent(row: Standing, clock: str) -> list[str]:
     if not row.outcomes:
         return [MISSING] * 3
-    return [str(len(row.outcomes)), f"{row.mean('forwards'):,.0f}", f"{row.mean('cpu_seconds'):,.0f}"]
+    return [str(len(row.outcomes)), f"{row.mean('forwards'):,.0f}", f"{row.mean(clock):,.0f}"]
 
 
 def _budget(study: Study) -> str:
     budget = study.settings.budget
     if not any(each.recipe for each in study.entrants):
         return ""
-    return f"Every training had {f'{budget.forwards:,.0f} denoiser forwards' if budget.forwards is not None else f'{budget.seconds:g} processor seconds'}. "
+    spelled = {"denoiser forwards": budget.forwards, "processor seconds": budget.seconds, "seconds": budget.wall}
+    return "".join(f"Every training had {most:,.10g} {unit}. " for unit, most in spelled.items() if most is not None)

@@ -29,6 +29,7 @@ class Progress:
     best: dict | None = None  # the probe record of the best checkpoint so far
     worse_in_a_row: int = 0
     trained: float = 0.0  # processor seconds of the iterations alone
+    trained_wall: float = 0.0  # wall seconds of the iterations alone
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ class Limit:
 
     forwards: float | None = Field(default=None, gt=0)  # of one image through the denoiser; a backward counts as two
     cpu_seconds: float | None = Field(default=None, gt=0)  # of all processes, without building and probing; with schedule = "linear" no two runs are then bit-equal
+    wall_seconds: float | None = Field(default=None, gt=0)  # the same by the clock on the wall: what counts on a GPU that a run has for itself
 
-    def share(self, forwards: float, cpu_seconds: float) -> float:
+    def share(self, forwards: float, cpu_seconds: float, wall_seconds: float) -> float:
         """How much of it is used, from 0; 1 and more is the end."""
-        return max(forwards / self.forwards if self.forwards else 0.0, cpu_seconds / self.cpu_seconds if self.cpu_seconds else 0.0)
+        used = ((forwards, self.forwards), (cpu_seconds, self.cpu_seconds), (wall_seconds, self.wall_seconds))
+        return max(spent / most if most else 0.0 for spent, most in used)

@@ -56,8 +56,9 @@ class _Clock:
         self._start, self._cpu = time.monotonic() - self.wall, _cpu_seconds()
 
     def now(self) -> tuple[float, float]:
-        """Processor seconds are those of all processes."""
-        return time.monotonic() - self._start, self.cpu + sum(ranks.gathered(_cpu_seconds() - self._cpu))
+        """Wall seconds are the main process's, so that all end together; processor seconds those of all."""
+        wall, cpu = zip(*ranks.gathered((time.monotonic() - self._start, _cpu_seconds() - self._cpu)), strict=True)
+        return wall[0], self.cpu + sum(cpu)
 
 
 def _cpu_seconds() -> float:
@@ -111,8 +112,8 @@ def _iterate(run: Run, progress: checkpoint.Progress, clock: _Clock) -> tuple[ch
         raise UserError(f"iteration {progress.step + 1}: {error}; the last checkpoint is kept - lower optimizer.lr or raise the KL") from error
     run.average.update()
     wall, cpu = clock.now()
-    trained = progress.trained + cpu - progress.cpu_seconds
-    progress = replace(progress, step=progress.step + 1, forwards=learner.forwards, seconds=wall, cpu_seconds=cpu, trained=trained)
+    spent = {"trained": progress.trained + cpu - progress.cpu_seconds, "trained_wall": progress.trained_wall + wall - progress.seconds}
+    progress = replace(progress, step=progress.step + 1, forwards=learner.forwards, seconds=wall, cpu_seconds=cpu, **spent)
     images = len(prompts) * run.algorithm.group
     record = {"kind": "train", "iteration": progress.step, "seconds": wall, "cpu_seconds": cpu, "forwards": learner.forwards} | metrics
     record |= {"images_per_second": images / (time.monotonic() - began), "peak_memory_gib": max(ranks.gathered(_peak_memory()))}
@@ -160,7 +161,7 @@ def _probe(run: Run, folder: Path, progress: checkpoint.Progress, clock: _Clock,
 
 
 def _used(run: Run, progress: checkpoint.Progress) -> float:
-    return run.limit.share(progress.forwards, progress.trained)
+    return run.limit.share(progress.forwards, progress.trained, progress.trained_wall)
 
 
 def _done(run: Run, progress: checkpoint.Progress) -> bool:

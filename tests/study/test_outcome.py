@@ -49,14 +49,14 @@ def test_the_interval_covers_the_truth_where_seeds_and_prompts_both_scatter() ->
 
 
 def records(rewards: list[float], sound: bool = True) -> tuple[dict, ...]:
-    """The log of a run: an iteration takes 2 processor seconds and 10 forwards, a probe 5 seconds after every second one."""
-    clock, lines = 1.0, []
+    """The log of a run: an iteration takes 2 processor seconds, 3 on the wall and 10 forwards, a probe 5 and 9 seconds after every second one."""
+    clock, wall, lines = 1.0, 2.0, []
     for iteration, reward in enumerate(rewards, 1):
-        clock += 2.0
-        lines.append({"kind": "train", "iteration": iteration, "cpu_seconds": clock, "forwards": 10.0 * iteration, "reward/total": reward})
+        clock, wall = clock + 2.0, wall + 3.0
+        lines.append({"kind": "train", "iteration": iteration, "cpu_seconds": clock, "seconds": wall, "forwards": 10.0 * iteration, "reward/total": reward})
         if iteration % 2 == 0:
-            clock += 5.0
-            lines.append({"kind": "probe", "iteration": iteration, "cpu_seconds": clock, "forwards": 10.0 * iteration, "sound": sound})
+            clock, wall = clock + 5.0, wall + 9.0
+            lines.append({"kind": "probe", "iteration": iteration, "cpu_seconds": clock, "seconds": wall, "forwards": 10.0 * iteration, "sound": sound})
     return tuple(lines)
 
 
@@ -67,8 +67,8 @@ def run(rewards: list[float], sound: bool = True) -> Outcome:
 def test_what_was_spent_leaves_the_probes_out() -> None:
     found = run([0.0] * 4)
     # The first iteration has what came before it: building is not in the log's clock.
-    assert found.spent == {"iterations": 4, "forwards": 40.0, "cpu_seconds": 1.0 + 4 * 2.0}
-    assert [probe["trained"] for probe in found.probes] == [5.0, 9.0]
+    assert found.spent == {"iterations": 4, "forwards": 40.0, "cpu_seconds": 1.0 + 4 * 2.0, "seconds": 2.0 + 4 * 3.0}
+    assert [(probe["cpu_seconds"], probe["seconds"]) for probe in found.probes] == [(5.0, 8.0), (9.0, 14.0)]
 
 
 def test_the_gain_is_in_standard_deviations_of_an_iteration() -> None:
@@ -87,7 +87,7 @@ def test_a_reward_that_does_not_move_seldom_gains() -> None:
 
 def test_what_was_not_trained_has_spent_nothing_and_hacked_no_reward() -> None:
     untrained = Outcome(0, Results({}, {"base": {}, "trained": {}}, {}, {}), {}, ())
-    assert untrained.spent == {"iterations": 0, "forwards": 0.0, "cpu_seconds": 0.0}
+    assert untrained.spent == {"iterations": 0, "forwards": 0.0, "cpu_seconds": 0.0, "seconds": 0.0}
     row = Standing("a", "a", {}, {"composition": FELL}, (untrained,))
     assert (row.hacked, row.fallen, hacking(row)) == (None, ["composition"], "–")
 

@@ -10,6 +10,7 @@ import pytest
 from safediffusion.cost.forwards import forwards
 from safediffusion.errors import UserError
 from safediffusion.study.plan import Study, laid_over, read_study
+from safediffusion.train.limit import Limit
 
 REPOSITORY = Path(__file__).parents[2]
 BASE = """
@@ -53,8 +54,10 @@ def test_every_seed_runs_every_entrant_for_the_nearest_number_of_iterations(read
 
 def test_seconds_end_the_runs_by_their_limit(read: Callable[[str], Study]) -> None:
     (job,) = read("budget = {seconds = 7}\nseeds = [0]\n" + BASE + ENTRANT).jobs
-    assert job.recipe.limit.cpu_seconds == 7
+    assert job.recipe.limit == Limit(cpu_seconds=7)
     assert job.recipe.steps > 1000
+    (job,) = read("budget = {wall = 7}\nseeds = [0]\n" + BASE + ENTRANT).jobs
+    assert job.recipe.limit == Limit(wall_seconds=7)
 
 
 def test_a_sweep_is_a_row_for_each_value(read: Callable[[str], Study]) -> None:
@@ -109,9 +112,9 @@ def test_the_shipped_study_of_methods_has_all_of_them() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (BASE + ENTRANT, "budget takes one of forwards and seconds"),
-        ("budget = {}\n" + BASE + ENTRANT, "budget takes one of forwards and seconds"),
-        ("budget = {forwards = 10, seconds = 3}\n" + BASE + ENTRANT, "budget takes one of forwards and seconds"),
+        (BASE + ENTRANT, "budget takes one of forwards, seconds and wall"),
+        ("budget = {}\n" + BASE + ENTRANT, "budget takes one of forwards, seconds and wall"),
+        ("budget = {forwards = 10, seconds = 3}\n" + BASE + ENTRANT, "budget takes one of forwards, seconds and wall"),
         ("budget = {forwards = 300}\nprobes = 9\n" + BASE + ENTRANT, "9 probes are more than the 1 iterations"),
         ("budget = {seconds = 3}\nprobes = 2\n" + BASE + ENTRANT, "nobody knows how many a budget of seconds has; set probe.every"),
         ("budget = {seconds = 3}\n" + BASE + ENTRANT + "recipe = {probe = {count = 3}}\n", "probe.count = 3 spreads probes over all steps"),

@@ -16,9 +16,10 @@ from safediffusion.train.optimizer import OptimizerSettings, rate
 
 
 def test_the_share_that_is_used() -> None:
-    assert Limit().share(1e9, 1e9) == 0
-    assert Limit(forwards=100).share(25, 1e9) == 0.25
-    assert Limit(forwards=100, cpu_seconds=2).share(25, 1) == 0.5
+    assert Limit().share(1e9, 1e9, 1e9) == 0
+    assert Limit(forwards=100).share(25, 1e9, 1e9) == 0.25
+    assert Limit(forwards=100, cpu_seconds=2).share(25, 1, 1e9) == 0.5
+    assert Limit(wall_seconds=4, cpu_seconds=2).share(1e9, 1, 3) == 0.75
 
 
 def test_a_run_ends_with_the_iteration_that_reaches_its_forwards_and_goes_no_further(make_run: Callable, read_metrics: Callable, tmp_path: Path) -> None:
@@ -33,9 +34,11 @@ def test_a_run_ends_with_the_iteration_that_reaches_its_forwards_and_goes_no_fur
     assert len(read_metrics(tmp_path / "two")) == 2
 
 
-def test_a_run_ends_with_its_processor_seconds(make_run: Callable, tmp_path: Path) -> None:
-    progress = train(replace(make_run(steps=100), limit=Limit(cpu_seconds=1e-6)), tmp_path / "run", Console(file=io.StringIO()))
+@pytest.mark.parametrize("clock", ["cpu_seconds", "wall_seconds"])
+def test_a_run_ends_with_its_seconds(make_run: Callable, tmp_path: Path, clock: str) -> None:
+    progress = train(replace(make_run(steps=100), limit=Limit(**{clock: 1e-6})), tmp_path / "run", Console(file=io.StringIO()))
     assert progress.step == 1
+    assert 0 < progress.trained_wall <= progress.seconds
 
 
 def test_a_falling_rate_goes_by_the_share_that_is_used(make_run: Callable, tmp_path: Path) -> None:
