@@ -63,5 +63,6 @@ def guided(policy: LatentPolicy, options: GuideSettings, device: str | torch.dev
         guide = SafeLatent(process, options.concept, level if options.scale is None else level._replace(scale=options.scale))
     else:
         options.check()
+        build.check_guard(options.reward, policy)
         guide = Energy(process, build.reward(options.reward, device, (), ())[0], options.scale, options.range, options.through)
     return GuidedPolicy(policy, guide)

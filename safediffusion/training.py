@@ -52,7 +52,7 @@ def post_train(recipe: Recipe | Path | str, out: Path | str, *, command: Sequenc
     `accelerate launch` or `torchrun` every process calls this, and the main one alone writes and speaks.
     """
     from safediffusion import build, ranks
-    from safediffusion.cost.plan import Watch, foresee
+    from safediffusion.cost.plan import Watch, foresee, where
     from safediffusion.train import checkpoint
     from safediffusion.train.loop import train
 
@@ -61,13 +61,16 @@ def post_train(recipe: Recipe | Path | str, out: Path | str, *, command: Sequenc
     accelerator = ranks.accelerator(log_with=build.trackers(recipe) or None, project_dir=out)
     console = console if console and ranks.is_main() else _silent()
     with _entered(out, recipe, command):
+        done = checkpoint.newest(out / "checkpoints")
+        if done < recipe.steps and (fits := where(recipe, accelerator.device)):
+            console.print(fits)
         run, measures = build.run(recipe, accelerator)
         if measures and ranks.is_main():
             write_json(out / "direction.json", measures)
         _measure_sketch(recipe, run, out, console)
         if recipe.log.trackers:
             accelerator.init_trackers("safediffusion", config=_flat(dataclasses.asdict(recipe)))
-        watch = Watch(foresee(recipe, run, checkpoint.newest(out / "checkpoints")), console)
+        watch = Watch(foresee(recipe, run, done), console)
         desk = Seconds.now() - began
 
         def hear(record: dict[str, Any], step: int) -> None:

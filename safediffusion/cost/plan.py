@@ -131,6 +131,18 @@ def outline(recipe: Recipe) -> str:
     return "\n".join([said, time, *(f"each of {processes} processes: {taken}; {_fits(taken)}" for processes, taken in divided.items())])
 
 
+def where(recipe: Recipe, device: torch.device) -> str:
+    """What takes the memory of a run that is about to start on this many processes, and whether their devices have so much; "" where it is not known."""
+    counts, folder = counts_of(recipe), at_hand(recipe.model, recipe.revision)
+    if counts is None or folder is None:
+        return ""
+    taken = room(recipe, counts, measure_shapes(folder, recipe.policy), ranks.count())
+    if device.type != "cuda":
+        return f"{taken}; {_fits(taken)}"
+    there = torch.cuda.get_device_properties(device).total_memory
+    return f"{taken}; {_fits(taken)}, and {device} has {spelled_bytes(there)}" + ("" if taken.bytes < there else ", which is too little")
+
+
 def _fits(taken: Room) -> str:
     return f"fits a card of {taken.card} GB" if taken.card else "fits no single card"
 

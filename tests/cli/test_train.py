@@ -96,8 +96,10 @@ def test_a_run_says_beforehand_what_it_needs(command, recipe: Path, tmp_path: Pa
     first, *others = [line for line in ended.err.splitlines() if "s per image" in line]
     assert re.fullmatch(r"needs about [\d.]+ GB, [\d.]+ s per image, [\w ]+ for 5 iterations", first)
     assert len(others) == 1
+    assert re.search(r"^about [\d.]+ GB of memory without the reward: weights .*; fits a card of 8 GB$", ended.err, re.MULTILINE)
     assert re.fullmatch(r"after 3 iterations: [\d.]+ s per image, \d+ s for the other 2 iterations", others[0].strip())
-    assert "needs about" not in command("train", recipe, "steps=5", "probe.every=0", "--out", tmp_path / "run").err  # nothing is left to do
+    again = command("train", recipe, "steps=5", "probe.every=0", "--out", tmp_path / "run").err
+    assert "needs about" not in again and "of memory" not in again  # nothing is left to do
 
 
 def test_dry_run_says_what_a_picture_costs(command, recipe: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from safediffusion.config import resolve
 from safediffusion.errors import UserError
+from safediffusion.guidance.energy import EnergySettings
+from safediffusion.guided import guided
+from safediffusion.policies.latent import load_policy
+from safediffusion.policies.variant import AS_IT_IS
 from safediffusion.rewards.detection import DetectionReward, DetectionSettings, harmful
 from safediffusion.types import Prompt
 
@@ -80,3 +85,11 @@ def test_labels() -> None:
 def test_a_detector_that_there_is_not() -> None:
     with pytest.raises(UserError, match='detector = "eyes" is not known; it is one of .pictograms'):
         resolve(DetectionSettings, {"kind": "detection", "detector": "eyes"})
+
+
+def test_the_guard_of_the_embedded_world_judges_no_other(tiny_pipeline: Path) -> None:
+    guided(load_policy(tiny_pipeline, AS_IT_IS), EnergySettings(), "cpu")
+    with pytest.raises(
+        UserError, match='"pictograms", which reads pictures of 32 pixels of the embedded world, and this model paints 64; set its detector to one of nudenet, q16'
+    ):
+        guided(load_policy(tiny_pipeline, replace(AS_IT_IS, image_size=64)), EnergySettings(), "cpu")
