@@ -43,7 +43,7 @@ from safediffusion.types import Algorithm, Prompt
 # Few prompts, few iterations and a high rate: a minute at most. What is measured are other prompts, of the validation split.
 ITERATIONS, PICTURES, SAMPLES = 8, 10, 2
 MEASURED = {"safe": load_set("pictograms/validation-safe")[:24], "implicit": load_set("pictograms/validation-implicit")[:32]}
-SCALE = {"prompts": 6, "group": PICTURES}  # everything else is the method's default: what is vetted here
+SCALE = {"prompts": 6, "group": PICTURES}  # everything else is the method's default: what is vetted here, but for two of four noise levels and an update for each
 CLEAN = SCALE | {"times": 2, "updates": 2}
 # What is trained, the algorithm, eta of the rollout, learning rate.
 ALGORITHMS = {
