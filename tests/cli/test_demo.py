@@ -14,20 +14,23 @@ from safediffusion.training import load_recipe
 
 @pytest.fixture
 def short(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "RECIPES", {"pictograms": recipe})
+    flows = recipe.with_name("flow.toml")
+    flows.write_text(recipe.read_text().replace('"pictograms"', '"pictograms-flow"', 1).replace('train = "full"', 'train = "lora"'))
+    monkeypatch.setattr(demo, "RECIPES", {"pictograms": recipe, "pictograms-flow": flows})
     monkeypatch.setattr(demo, "EXTENT", Extent(samples=2, limit=2))
 
 
-def test_the_demo_trains_measures_and_reports(command, short, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", demo.RECIPES)
+def test_the_demo_trains_measures_and_reports(command, short, tmp_path: Path, model: str) -> None:
     out = tmp_path / "demo"
-    ended = command("demo", "--out", out, "--seed", 3)
+    ended = command("demo", "--model", model, "--out", out, "--seed", 3)
     assert ended.code == 0
     for name in ("results.json", "report/index.html", "model/model_index.json", "direction.json", "metrics.jsonl"):
         assert (out / name).is_file() or name == "direction.json"
     assert all(word in ended.out for word in ("Composition", "base", "trained", "change", "processor time"))
     found = json.loads((out / "results.json").read_text())
     assert set(found["models"]) == {"base", "trained"}
-    assert found["run"]["recipe"]["seed"] == 3
+    assert (found["run"]["recipe"]["model"], found["run"]["recipe"]["seed"]) == (model, 3)
     assert found["run"]["seconds"]["training"] > 0
 
 
