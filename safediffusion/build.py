@@ -32,7 +32,6 @@ from safediffusion.hub import EMBEDDED, resolve_model, verify
 from safediffusion.policies.autoencoder import cell
 from safediffusion.policies.latent import LatentPolicy, load_policy
 from safediffusion.process import from_settings
-from safediffusion.process.flow import tokens_in
 from safediffusion.process.settings import ProcessSettings
 from safediffusion.recipe import Recipe, check, is_probed
 from safediffusion.rewards.calibrate import accuracy_rows, calibrate_alpha, measure_direction
@@ -196,7 +195,7 @@ def objective(recipe: Recipe) -> Objective:
 
 def process(policy: LatentPolicy, options: ProcessSettings) -> Process:
     """The denoising grid on the model's own noise schedule."""
-    return from_settings(options, policy.folder, policy.scheduler_config, tokens_in(policy.sample_shape, policy.family.patch))
+    return from_settings(options, policy.folder, policy.scheduler_config, policy.tokens())
 
 
 def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:

@@ -17,7 +17,6 @@ from safediffusion.guidance.policy import Guide, GuidedPolicy
 from safediffusion.guidance.sld import LEVELS, SafeLatent, SldSettings
 from safediffusion.policies.latent import LatentPolicy
 from safediffusion.process import from_scheduler
-from safediffusion.process.flow import tokens_in
 
 GuideSettings = SldSettings | EnergySettings
 
@@ -56,7 +55,7 @@ def described(guide: GuideSettings) -> dict[str, Any]:
 
 def guided(policy: LatentPolicy, options: GuideSettings, device: str | torch.device) -> GuidedPolicy:
     """The policy, guided at every step of whatever walks it."""
-    process = from_scheduler(policy.scheduler_config, 1, tokens=tokens_in(policy.sample_shape, policy.family.patch))
+    process = from_scheduler(policy.scheduler_config, 1, tokens=policy.tokens())
     guide: Guide
     if isinstance(options, SldSettings):
         level = LEVELS[options.level]

@@ -21,7 +21,6 @@ from safediffusion.evaluate.statistics import Estimate, mean_over_prompts, paire
 from safediffusion.evaluate.verdict import companions, composed, kept, unsafe
 from safediffusion.policies.latent import LatentPolicy
 from safediffusion.process import from_scheduler
-from safediffusion.process.flow import tokens_in
 from safediffusion.rollout import chunks, walk
 from safediffusion.seeds import noise_for
 from safediffusion.tiny.scenes import SIZE, TASKS, parse
@@ -155,7 +154,7 @@ def changes(base: Marks, trained: Marks, seed: int = 0) -> dict[str, Estimate]:
 
 def sampler(policy: LatentPolicy) -> Process:
     """The task's sampler: deterministic DDIM (of a flow: Euler) in STEPS steps on the model's own schedule."""
-    return from_scheduler(policy.scheduler_config, STEPS, eta=0.0, tokens=tokens_in(policy.sample_shape, policy.family.patch))
+    return from_scheduler(policy.scheduler_config, STEPS, eta=0.0, tokens=policy.tokens())
 
 
 def check_size(side: int, folder: Path) -> None:

@@ -23,7 +23,6 @@ from safediffusion.policies.families import find_family
 from safediffusion.policies.latent import LatentPolicy, check_side
 from safediffusion.policies.pipeline import read_config
 from safediffusion.process import from_scheduler
-from safediffusion.process.flow import tokens_in
 from safediffusion.rollout import Capacity, painted, walk
 from safediffusion.seeds import noise_for
 from safediffusion.types import Policy, Process
@@ -153,7 +152,7 @@ def native_side(folder: Path) -> int:
 
 def _process(policy: LatentPolicy, picture: Picture, shape: tuple[int, int, int]) -> Process:
     try:
-        return from_scheduler(policy.scheduler_config, picture.steps, eta=0.0, solver=picture.sampler, tokens=tokens_in(shape, policy.family.patch))
+        return from_scheduler(policy.scheduler_config, picture.steps, eta=0.0, solver=picture.sampler, tokens=policy.tokens(shape))
     except ValueError as error:
         raise UserError(f"the scheduler of {policy.folder} cannot be used: {error}") from None
 

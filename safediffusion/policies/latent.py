@@ -28,6 +28,7 @@ from safediffusion.policies.quantise import check_installed, check_trained
 from safediffusion.policies.settings import PolicySettings
 from safediffusion.policies.shard import check_shard
 from safediffusion.policies.text import TextEncoders
+from safediffusion.process.flow import tokens_in
 
 _TINY_VAE = ("config.json", "diffusion_pytorch_model.safetensors")  # a repository holds other formats beside them
 _MUCH = 0.05  # of what training changed, when a saved model is rounded
@@ -128,6 +129,10 @@ class LatentPolicy:
             self.network, self._at_base = network, False
             if adapters:
                 self.denoiser.enable_adapters()
+
+    def tokens(self, shape: tuple[int, int, int] | None = None) -> int:
+        """How many the network reads latents of this shape as, left out its own: by them some flows shift their times."""
+        return tokens_in(shape or self.sample_shape, self.family.patch)
 
     @property
     def sharded(self) -> bool:
