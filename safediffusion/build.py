@@ -21,7 +21,7 @@ from safediffusion.data.prompts import prompts_sha256
 from safediffusion.data.sampler import sampler_of
 from safediffusion.data.screen import screen
 from safediffusion.data.sets import load_set
-from safediffusion.detection import DETECTORS, detector
+from safediffusion.detection import check_guard, detector
 from safediffusion.detectors.objects import ObjectDetector
 from safediffusion.encoders.clip import ClipEncoder
 from safediffusion.encoders.hps import load_hps
@@ -29,7 +29,6 @@ from safediffusion.errors import UserError
 from safediffusion.evaluate import pictograms
 from safediffusion.evaluate.statistics import Estimate
 from safediffusion.hub import EMBEDDED, resolve_model, verify
-from safediffusion.policies.autoencoder import cell
 from safediffusion.policies.latent import LatentPolicy, load_policy
 from safediffusion.process import from_settings
 from safediffusion.process.settings import ProcessSettings
@@ -43,7 +42,6 @@ from safediffusion.rewards.jpeg import JpegReward, JpegSettings
 from safediffusion.rewards.preference import PreferenceReward, PreferenceSettings
 from safediffusion.rewards.similarity import SimilarityReward, SimilaritySettings
 from safediffusion.rewards.steering import SteeringReward, SteeringSettings
-from safediffusion.tiny.scenes import SIZE
 from safediffusion.train.average import Average
 from safediffusion.train.loop import Run
 from safediffusion.train.optimizer import build_optimizer, rate
@@ -150,17 +148,6 @@ def reward(options: Single | CombinedSettings, device: str | torch.device, safe:
     return CombinedReward(tuple(Member(part.name, scored, part.weight, part.prompts) for part, scored, _ in built)), measures
 
 
-def check_guard(options: Single | CombinedSettings, policy: LatentPolicy) -> None:
-    """UserError where the embedded world's guard, which a detection reward has by default, would judge pictures of another world."""
-    singles = [part.reward for part in options.parts] if isinstance(options, CombinedSettings) else [options]
-    side = policy.sample_shape[-1] * cell(policy.vae)
-    if side != SIZE and any(isinstance(each, DetectionSettings) and each.detector == PICTOGRAMS for each in singles):
-        raise UserError(
-            f'the reward of kind "detection" has the detector "pictograms", which reads pictures of {SIZE} pixels of the embedded world, and this model paints {side}; '
-            f"set its detector to one of {', '.join(name for name in DETECTORS if name != PICTOGRAMS)}"
-        )
-
-
 def single_reward(options: Single, device: str | torch.device, safe: Sequence[Prompt], unsafe: Sequence[Prompt]) -> tuple[Reward, dict]:
     """As `reward`, for one that is not combined."""
     if isinstance(options, CallableSettings):
@@ -212,7 +199,7 @@ def run(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, dict]:
     safe, unsafe = (pairs.prompts(False), pairs.prompts(True)) if pairs else (safe, unsafe)
     policy.encode.warn_of_long([prompt.text for prompt in (*safe, *unsafe)])
     sampler = sampler_of(recipe.data, safe, unsafe, recipe.algorithm.prompts, recipe.seed)
-    check_guard(recipe.reward, policy)
+    check_guard(recipe.reward, policy.pixels)
     scored, measures = (None, {}) if dataset else reward(recipe.reward, device, safe, unsafe)
     optimizer = build_optimizer(policy.parameters(), recipe.optimizer)
     # Not wrapped by DDP: the learner sums gradients itself, and the rollout needs no hooks.

@@ -15,6 +15,9 @@ from torch import Tensor
 from safediffusion.errors import UserError
 from safediffusion.evaluate.rows import data_folder
 from safediffusion.hub import EMBEDDED, INSTEAD, verify
+from safediffusion.rewards.combined import CombinedSettings, Single
+from safediffusion.rewards.detection import DetectionSettings
+from safediffusion.tiny.scenes import SIZE
 
 Device = str | torch.device
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -59,6 +62,16 @@ def own_file(name: str, how: str) -> Path:
     if not file.is_file():
         raise UserError(f"{name} is not here: {how} and put it at {file} (another folder: set SAFEDIFFUSION_DATA)")
     return file
+
+
+def check_guard(options: Single | CombinedSettings, pixels: int) -> None:
+    """UserError where the embedded world's guard, which a detection reward has by default, would judge pictures of another world, by their side in pixels."""
+    singles = [part.reward for part in options.parts] if isinstance(options, CombinedSettings) else [options]
+    if pixels != SIZE and any(isinstance(each, DetectionSettings) and each.detector == "pictograms" for each in singles):
+        raise UserError(
+            f'the reward of kind "detection" has the detector "pictograms", which reads pictures of {SIZE} pixels of the embedded world, and this model paints {pixels}; '
+            f"set its detector to one of {', '.join(name for name in DETECTORS if name != 'pictograms')}"
+        )
 
 
 def _guard(device: Device) -> Known:

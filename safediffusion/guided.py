@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter
 
 from safediffusion import build
 from safediffusion.config import override, read_toml, resolve, settings
+from safediffusion.detection import check_guard
 from safediffusion.errors import UserError
 from safediffusion.guidance.energy import Energy, EnergySettings
 from safediffusion.guidance.policy import Guide, GuidedPolicy
@@ -62,6 +63,6 @@ def guided(policy: LatentPolicy, options: GuideSettings, device: str | torch.dev
         guide = SafeLatent(process, options.concept, level if options.scale is None else level._replace(scale=options.scale))
     else:
         options.check()
-        build.check_guard(options.reward, policy)
+        check_guard(options.reward, policy.pixels)
         guide = Energy(process, build.reward(options.reward, device, (), ())[0], options.scale, options.range, options.through)
     return GuidedPolicy(policy, guide)

@@ -135,6 +135,11 @@ class LatentPolicy:
         return tokens_in(shape or self.sample_shape, self.family.patch)
 
     @property
+    def pixels(self) -> int:
+        """Of a picture's width."""
+        return self.sample_shape[-1] * autoencoder.cell(self.vae)
+
+    @property
     def sharded(self) -> bool:
         """Whether several processes hold the base together: then all must run the same forwards and backwards in the same order."""
         return self.settings.shard and ranks.count() > 1
