@@ -70,7 +70,7 @@ def check_guard(options: Single | CombinedSettings, pixels: int) -> None:
     if pixels != SIZE and any(isinstance(each, DetectionSettings) and each.detector == "pictograms" for each in singles):
         raise UserError(
             f'the reward of kind "detection" has the detector "pictograms", which reads pictures of {SIZE} pixels of the embedded world, and this model paints {pixels}; '
-            f"set its detector to one of {', '.join(name for name in DETECTORS if name != 'pictograms')}"
+            f"set its detector to one of {', '.join(name for name in DETECTORS if name != 'pictograms')}, or where its gradient is needed take a reward of another kind"
         )
 
 

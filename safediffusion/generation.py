@@ -110,7 +110,8 @@ def generate(
     missing = ranks.from_main(lambda: [item for item in items if item.key not in there or not (out / item.file).is_file()])
     if missing:
         task = progress.add_task("painting", total=len(items), completed=len(items) - len(missing))
-        policy = model.load(device, setting.held.settings(image_size=setting.size), list(dict.fromkeys(item.prompt for item in missing)))
+        said = [*dict.fromkeys(item.prompt for item in missing), getattr(setting.guide, "concept", "")]
+        policy = model.load(device, setting.held.settings(image_size=setting.size), said)
         policy.encode.warn_of_long([item.prompt for item in missing])
         process = build.process(policy, ProcessSettings(steps=setting.steps))
         painter = policy if setting.guide is None else guided(policy, setting.guide, device)

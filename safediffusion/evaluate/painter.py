@@ -40,4 +40,4 @@ class Painter:
 
     def load(self, device: torch.device, texts: Sequence[str]) -> LatentPolicy:
         """The model to paint `texts` with, its guide not yet on it."""
-        return self.variant.load(device, self.held.settings(), texts)
+        return self.variant.load(device, self.held.settings(), [*texts, self.guide.get("concept", "")])

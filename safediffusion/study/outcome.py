@@ -36,26 +36,25 @@ class Outcome:
     records: tuple[dict[str, Any], ...]
 
     @cached_property
-    def probes(self) -> list[dict[str, Any]]:
-        """The probes, with `cpu_seconds` and `seconds` those of the iterations before it, without what probes took."""
-        found, before = [], dict.fromkeys(CLOCKS, 0.0)
-        trained = dict(before)
+    def _trained(self) -> list[dict[str, float]]:
+        """By line of the log, the seconds by each clock of the iterations up to it, without what probes took."""
+        found, before = [dict.fromkeys(CLOCKS, 0.0)], dict.fromkeys(CLOCKS, 0.0)
         for line in self.records:
-            if line["kind"] == "train":
-                trained = {clock: trained[clock] + line[clock] - before[clock] for clock in CLOCKS}
-            else:
-                found.append(line | trained)
-            before = {clock: line[clock] for clock in CLOCKS}
-        return found
+            spent = {clock: line[clock] - before[clock] if line["kind"] == "train" else 0.0 for clock in CLOCKS}
+            found.append({clock: found[-1][clock] + spent[clock] for clock in CLOCKS})
+            before = line
+        return found[1:]
 
-    @cached_property
+    @property
+    def probes(self) -> list[dict[str, Any]]:
+        """The probes, with `cpu_seconds` and `seconds` those of the iterations before it."""
+        return [line | spent for line, spent in zip(self.records, self._trained, strict=True) if line["kind"] == "probe"]
+
+    @property
     def spent(self) -> dict[str, float]:
         """Iterations, denoiser forwards, processor and wall seconds of training."""
-        seconds = dict.fromkeys(CLOCKS, 0.0)
-        for before, now in zip([{}, *self.records], self.records, strict=False):
-            if now["kind"] == "train":
-                seconds = {clock: seconds[clock] + now[clock] - before.get(clock, 0.0) for clock in CLOCKS}
         last = next((line for line in reversed(self.records) if line["kind"] == "train"), {})
+        seconds = self._trained[-1] if self.records else dict.fromkeys(CLOCKS, 0.0)
         return {"iterations": last.get("iteration", 0), "forwards": last.get("forwards", 0.0)} | seconds
 
     @property

@@ -25,7 +25,7 @@ MEASURES = ("unsafe_rate", "composition", "diversity")
 _CLOCKS = {"cpu_seconds": "processor seconds of training", "seconds": "seconds of training"}
 
 
-def curves(rows: Sequence[Standing], title: str, clock: str = "cpu_seconds") -> bytes:
+def curves(rows: Sequence[Standing], title: str, clock: str) -> bytes:
     """PNG: a thin line for each run and a thick one for the median of a method's runs; `clock` is one of `outcome.CLOCKS`."""
     spending = (("forwards", "denoiser forwards"), (clock, _CLOCKS[clock]))
     drawn = [row for row in rows if any(each.probes for each in row.outcomes)]

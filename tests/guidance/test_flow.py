@@ -14,7 +14,6 @@ from safediffusion.guidance.sld import SldSettings
 from safediffusion.guided import guided
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
 from safediffusion.process import from_scheduler
-from safediffusion.process.flow import tokens_in
 from safediffusion.rewards.callable import CallableReward
 from safediffusion.rollout import walk
 
@@ -34,7 +33,7 @@ def start(policy: LatentPolicy) -> Tensor:
 
 
 def test_the_noise_is_shifted_against_the_gradient_of_the_reward(policy: LatentPolicy) -> None:
-    process = from_scheduler(FLOW, 4, eta=0.0, tokens=tokens_in(policy.sample_shape, policy.family.patch))
+    process = from_scheduler(FLOW, 4, eta=0.0, tokens=policy.tokens())
     reward = CallableReward(lambda images, prompts: images.mean((1, 2, 3)), "brightness", differentiable=True)
     guide, x, condition = Energy(process, reward, 3.0), start(policy), Addressed(policy.encode(PROMPTS), PROMPTS)
     time = torch.full((2,), 600.0)
@@ -50,7 +49,7 @@ def test_the_noise_is_shifted_against_the_gradient_of_the_reward(policy: LatentP
 
 def test_safe_latent_diffusion_leaves_noise_alone_to_the_model_and_then_leads(policy: LatentPolicy) -> None:
     painter = guided(policy, SldSettings(level="max", concept="a knife"), "cpu")
-    process = from_scheduler(FLOW, 4, eta=0.0, tokens=tokens_in(policy.sample_shape, policy.family.patch))
+    process = from_scheduler(FLOW, 4, eta=0.0, tokens=policy.tokens())
 
     def states(painted: LatentPolicy | GuidedPolicy) -> tuple[Tensor, ...]:
         return walk(painted, process, painted.encode(PROMPTS), start(policy), 2.0, remember=True).states

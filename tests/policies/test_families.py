@@ -22,7 +22,6 @@ from safediffusion.policies.families import find_family
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
 from safediffusion.policies.variant import variant
 from safediffusion.process import from_scheduler
-from safediffusion.process.flow import tokens_in
 from safediffusion.rollout import walk
 from safediffusion.types import Prompt
 
@@ -93,7 +92,7 @@ def predict(policy: LatentPolicy, latents: Tensor, guidance: float = 1.0) -> Ten
 
 
 def painted(policy: LatentPolicy, latents: Tensor, steps: int, guidance: float) -> Tensor:
-    process = from_scheduler(policy.scheduler_config, steps, eta=0.0, tokens=tokens_in(policy.sample_shape, policy.family.patch))
+    process = from_scheduler(policy.scheduler_config, steps, eta=0.0, tokens=policy.tokens())
     return walk(policy, process, policy.encode(TEXTS), latents, guidance).clean
 
 
