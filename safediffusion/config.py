@@ -12,13 +12,24 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 import tomli_w
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 
 from safediffusion.errors import UserError
 from safediffusion.files import read_text
 
 Settings = TypeVar("Settings")
+
+
+def _rising(ends: tuple[float, float]) -> tuple[float, float]:
+    low, high = ends
+    if low >= high:
+        raise ValueError(f"[{low:g}, {high:g}] is empty; give the lower share first")
+    return ends
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Interval = Annotated[tuple[Share, Share], AfterValidator(_rising)]  # such as of a schedule, from less noise to more
 
 _EXPECTED = {
     "int_type": "a whole number",

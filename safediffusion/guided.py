@@ -44,8 +44,7 @@ def load_guide(name: str | None, assignments: Sequence[str] = ()) -> GuideSettin
 def guide_of(table: Mapping[str, Any], where: str) -> GuideSettings:
     """The settings in the table `guide` of a file; UserError names the first mistake."""
     found = resolve(GuideFile, dict(table), where).guide
-    if isinstance(found, EnergySettings):
-        found.check()
+    found.check()
     return found
 
 
@@ -56,13 +55,13 @@ def described(guide: GuideSettings) -> dict[str, Any]:
 
 def guided(policy: LatentPolicy, options: GuideSettings, device: str | torch.device) -> GuidedPolicy:
     """The policy, guided at every step of whatever walks it."""
+    options.check()
     process = from_scheduler(policy.scheduler_config, 1, tokens=policy.tokens())
     guide: Guide
     if isinstance(options, SldSettings):
         level = LEVELS[options.level]
         guide = SafeLatent(process, options.concept, level if options.scale is None else level._replace(scale=options.scale))
     else:
-        options.check()
         check_guard(options.reward, policy.pixels)
         guide = Energy(process, build.reward(options.reward, device, (), ())[0], options.scale, options.range, options.through)
     return GuidedPolicy(policy, guide)

@@ -77,6 +77,8 @@ def check(recipe: Recipe) -> Recipe:
         raise UserError(f"algorithm.group = {algorithm.group} has nothing to compare; pictures of a prompt compete in groups of 2 or more")
     if isinstance(recipe.reward, CombinedSettings):
         recipe.reward.check()
+        if taken := next((part.name for part in recipe.reward.parts if part.name in ("total", "kl", DRIFT)), None):
+            raise UserError(f"reward.parts: {taken!r} is what metrics and constraints call something else; give the part another name")
     _check_constraints(recipe)
     algorithm.check(recipe)
     if recipe.policy.train == "none":
@@ -105,8 +107,8 @@ def _check_constraints(recipe: Recipe) -> None:
         if known is not None and cost not in ("kl", DRIFT, "total", *known):
             parts = ", ".join(["total", *known])
             raise UserError(f'{key}.cost = {cost!r} is no part of this reward; its parts are {parts}, and "kl" and "drift" are distances from the base')
-        if cost == DRIFT and known and DRIFT in known:
-            raise UserError(f'{key}.cost = "drift" is the distance from the base, and a part of the reward is called so as well; give the part another name')
+        if known and cost.rpartition(".")[2] in ("unsafe", "unsafe_rate") and not 0 <= constraint.budget <= 1:
+            raise UserError(f"{key}.budget = {constraint.budget:g} is not between 0 and 1, and {cost} is a share; 5 % is 0.05")
         if costs.count(cost) > 1:
             raise UserError(f"{key}.cost = {cost!r} is constrained twice, which metrics could not tell apart; keep one")
         if cost == DRIFT and not recipe.data.safe:

@@ -76,7 +76,7 @@ def unlikeness(scores: Scores, group: int, slack: float) -> Tensor:
 def reward_metrics(prompts: Sequence[Prompt], scores: Scores, gain: Advantages) -> dict[str, float]:
     """Mean scores of a rollout: the total, its parts, and the total of each prompt class that occurs. The drift is none of the reward's."""
     unsafe = torch.tensor([prompt.unsafe for prompt in prompts], device=scores.total.device)
-    measured = {"total": scores.total, **scores.parts, "benign": scores.total[~unsafe], "unsafe": scores.total[unsafe]}
+    measured = {**scores.parts, "total": scores.total, "total/benign": scores.total[~unsafe], "total/unsafe": scores.total[unsafe]}
     return {f"reward/{name}": float(value.mean()) for name, value in measured.items() if len(value) and name != DRIFT} | {"dead_groups": gain.dead_share}
 
 

@@ -39,9 +39,6 @@ def check_climbing(algorithm: Climbing, recipe: Any, unfinished: str = "") -> No
     unfinished: in words, with the fix, that pictures are scored which the rollout did not finish: the base has none to compare them with. "" where there are none.
     """
     reward, kind = recipe.reward, algorithm.kind
-    low, high = algorithm.time_range
-    if low >= high:
-        raise UserError(f"algorithm.time_range = [{low:g}, {high:g}] is empty; give the lower share of the schedule first")
     if not reward.differentiable:
         raise UserError(f"algorithm.kind = '{kind}' follows the gradient of the reward, and this one of kind '{reward.kind}' has none; use algorithm.kind = 'forward'")
     require_units(reward, f"algorithm.kind = '{kind}' has none")
@@ -96,6 +93,7 @@ def ascend(algorithm: Climbing, learner: Learner, rolled: Rollout, paint: Paint,
             prompts = [rolled.prompts[i] for i in rolled.mine[part].tolist()]
             for clean in paint(part):
                 scores = learner.reward(learner.policy.sketch(clean), prompts)
+                learner.objective.check_gradient(scores)
                 if rolled.base is not None:
                     scores = with_drift(scores, clean, rolled.base[part], prompts)
                 loss = -learner.utility(scores, prompts).sum() * share / looks

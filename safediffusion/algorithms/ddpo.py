@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safediffusion.algorithms.advantages import Baseline
 from safediffusion.algorithms.card import Card
-from safediffusion.algorithms.trajectory import RATIO_METRICS, TrainGuidance, check_denoising, policy_gradient, shuffled, trained_steps, update_by_groups
+from safediffusion.algorithms.trajectory import RATIO_METRICS, TrainGuidance, check_denoising, check_ratio, policy_gradient, shuffled, trained_steps, update_by_groups
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import settings
 from safediffusion.errors import UserError
@@ -62,6 +62,7 @@ class Ddpo:
     def check(self, recipe: Any) -> None:
         """Raises UserError for settings of a recipe that cannot work together."""
         check_denoising(self, recipe)
+        check_ratio(self, recipe)
         if self.estimator == "score" and self.updates > 1:
             raise UserError(f'algorithm.estimator = "score" holds for the policy that painted, not after {self.updates - 1} updates; set algorithm.updates = 1')
         if self.min_count > self.remember:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from safediffusion.algorithms.card import Card, require_units
-from safediffusion.algorithms.trajectory import RATIO_METRICS, TrainGuidance, check_denoising, policy_gradient, shuffled, trained_steps, update_by_groups
+from safediffusion.algorithms.trajectory import RATIO_METRICS, TrainGuidance, check_denoising, check_ratio, policy_gradient, shuffled, trained_steps, update_by_groups
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import settings
 from safediffusion.types import Prompt
@@ -55,6 +55,7 @@ class Dpok:
     def check(self, recipe: Any) -> None:
         """Raises UserError for settings of a recipe that cannot work together."""
         check_denoising(self, recipe)
+        check_ratio(self, recipe)
         require_units(recipe.reward, "algorithm.kind = 'dpok' weighs the reward in its own unit against the KL")
 
     def step(self, learner: Learner, prompts: Sequence[Prompt], generator: torch.Generator) -> dict[str, float]:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from safediffusion.algorithms.ascent import ascend, check_climbing, step_back, walked
 from safediffusion.algorithms.card import Card
-from safediffusion.algorithms.noising import Share
 from safediffusion.algorithms.update import Learner
-from safediffusion.config import settings
+from safediffusion.config import Interval, settings
 from safediffusion.errors import UserError
 from safediffusion.rollout import Rollout
 from safediffusion.types import Prompt
@@ -36,7 +35,7 @@ class Draft:
     copies: int = Field(default=0, ge=0)
     recompute: bool = False  # the activations of a step in the backward pass, instead of keeping them: memory of one step, a third more time
     times: int = Field(default=1, ge=1)  # noise levels per picture at which it is held to the base
-    time_range: tuple[Share, Share] = (0.3, 0.95)  # of the schedule, from less noise to more
+    time_range: Interval = (0.3, 0.95)  # of the schedule, from less noise to more
     benign_kl: float = Field(default=3.0, ge=0)  # pull to the base on benign prompts, in squared epsilon error
     unsafe_kl: float = Field(default=0.01, ge=0)  # the same on unsafe prompts; large values keep the danger
 

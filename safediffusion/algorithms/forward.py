@@ -15,9 +15,9 @@ from torch import Tensor
 
 from safediffusion.algorithms.advantages import class_weights, unlikeness
 from safediffusion.algorithms.card import Card, require_units
-from safediffusion.algorithms.noising import Guidance, Noisy, Pictures, Share, base, check_noising, judged, said, update_by_times
+from safediffusion.algorithms.noising import Guidance, Noisy, Pictures, base, check_noising, judged, said, update_by_times
 from safediffusion.algorithms.update import Learner, holding
-from safediffusion.config import settings
+from safediffusion.config import Interval, settings
 from safediffusion.errors import UserError
 from safediffusion.types import Prompt
 
@@ -43,7 +43,7 @@ class Forward:
     group: int = 8  # pictures per prompt
     times: int = Field(default=4, ge=1)  # noise levels per picture; gradient noise falls with it, cost rises
     updates: int = Field(default=1, ge=1)  # optimizer steps per rollout, which share out the noise levels
-    time_range: tuple[Share, Share] = (0.3, 0.95)  # of the schedule, from less noise to more: where the layout is decided
+    time_range: Interval = (0.3, 0.95)  # of the schedule, from less noise to more: where the layout is decided
     floor: float = Field(default=0.1, ge=0)  # added to the group's std: keeps small differences small
     clip: float = Field(default=2.5, gt=0)  # of the advantage
     slack: float = Field(

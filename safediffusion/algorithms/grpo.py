@@ -13,7 +13,17 @@ import torch
 from pydantic import Field
 
 from safediffusion.algorithms.card import Card, require_noise
-from safediffusion.algorithms.trajectory import RATIO_METRICS, TrainGuidance, check_denoising, check_updates, policy_gradient, shuffled, trained_steps, update_by_groups
+from safediffusion.algorithms.trajectory import (
+    RATIO_METRICS,
+    TrainGuidance,
+    check_denoising,
+    check_ratio,
+    check_updates,
+    policy_gradient,
+    shuffled,
+    trained_steps,
+    update_by_groups,
+)
 from safediffusion.algorithms.update import Learner
 from safediffusion.config import settings
 from safediffusion.errors import UserError
@@ -88,6 +98,7 @@ class Grpo:
         if self.share_prefix and window is None:
             raise UserError("algorithm.share_prefix shares the steps before a window; give algorithm.window.start and length")
         check_updates(self)
+        check_ratio(self, recipe)
         if window is None:
             check_denoising(self, recipe)
 

@@ -5,7 +5,7 @@ Rockafellar's form (Nocedal and Wright, Numerical Optimization, chapter 17; docs
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from torch import Tensor
 from safediffusion.config import settings
 
 State = dict[str, Tensor]
+Gain = Annotated[float, Field(ge=0)]
 
 
 @settings
@@ -34,7 +35,7 @@ class AugmentedLagrangian:
     tolerance: float = Field(default=0.01, ge=0)  # a violation that small needs no larger rho
     rho_most: float = Field(default=10.0, gt=0)  # weights are noisy by rho times the noise of the observed cost
     rate: float = Field(default=0.1, gt=0)  # of "ascent" and "adam_log"
-    pid: tuple[float, float, float] = (1.0, 0.1, 0.5)  # weights of the violation, of its sum and of its growth
+    pid: tuple[Gain, Gain, Gain] = (1.0, 0.1, 0.5)  # weights of the violation, of its sum and of its growth
     most: float = Field(default=1000.0, gt=0)  # no multiplier passes it: a constraint that cannot be met would grow for ever
 
     def start(self, count: int) -> State:

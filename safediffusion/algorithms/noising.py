@@ -17,7 +17,6 @@ from safediffusion.errors import UserError
 from safediffusion.rollout import Rollout
 from safediffusion.types import Prompt
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Guidance = Annotated[float, Field(ge=0, lt=math.inf)]
 
 
@@ -82,10 +81,7 @@ Losses = Callable[[Noisy], Iterator[tuple[slice, Tensor, Tensor]]]
 
 
 def check_noising(algorithm: Renoising) -> None:
-    """Raises UserError for noise levels that cannot be drawn."""
-    low, high = algorithm.time_range
-    if low >= high:
-        raise UserError(f"algorithm.time_range = [{low:g}, {high:g}] is empty; give the lower share of the schedule first")
+    """Raises UserError for more updates than there are noise levels."""
     if algorithm.updates > algorithm.times:
         raise UserError(f"algorithm.updates = {algorithm.updates} is more than the {algorithm.times} times there are to share out")
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 
 from safediffusion.algorithms.card import Card
-from safediffusion.algorithms.noising import Guidance, Pictures, Share, check_noising, judged, update_by_times, weighted
+from safediffusion.algorithms.noising import Guidance, Pictures, check_noising, judged, update_by_times, weighted
 from safediffusion.algorithms.update import Learner
-from safediffusion.config import settings
+from safediffusion.config import Interval, settings
 from safediffusion.types import Prompt
 
 
@@ -24,7 +24,7 @@ class Raft:
     group: int = 8  # pictures per prompt, of which the best is kept
     times: int = Field(default=4, ge=1)  # noise levels per picture; gradient noise falls with it, cost rises
     updates: int = Field(default=1, ge=1)  # optimizer steps per rollout, which share out the noise levels
-    time_range: tuple[Share, Share] = (0.3, 0.95)  # of the schedule, from less noise to more: where the layout is decided
+    time_range: Interval = (0.3, 0.95)  # of the schedule, from less noise to more: where the layout is decided
     floor: float = Field(default=0.1, ge=0)  # added to the group's std: keeps small differences small
     clip: float = Field(default=2.5, gt=0)  # of the advantage
     slack: float = Field(default=0.0, ge=0)  # benign prompts' scores so near the best of their group count as equal

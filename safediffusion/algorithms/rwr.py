@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 
 from safediffusion.algorithms.card import Card
-from safediffusion.algorithms.noising import Guidance, Pictures, Share, check_noising, judged, update_by_times, weighted
+from safediffusion.algorithms.noising import Guidance, Pictures, check_noising, judged, update_by_times, weighted
 from safediffusion.algorithms.update import Learner
-from safediffusion.config import settings
+from safediffusion.config import Interval, settings
 from safediffusion.types import Prompt
 
 
@@ -28,7 +28,7 @@ class Rwr:
     temperature: float = Field(default=0.3, gt=0)  # of the weights exp(advantage / temperature): lower learns from the best alone, higher from all alike
     times: int = Field(default=4, ge=1)  # noise levels per picture; gradient noise falls with it, cost rises
     updates: int = Field(default=1, ge=1)  # optimizer steps per rollout, which share out the noise levels
-    time_range: tuple[Share, Share] = (0.3, 0.95)  # of the schedule, from less noise to more: where the layout is decided
+    time_range: Interval = (0.3, 0.95)  # of the schedule, from less noise to more: where the layout is decided
     floor: float = Field(default=0.1, ge=0)  # added to the group's std: keeps small differences small
     clip: float = Field(default=2.5, gt=0)  # of the advantage
     slack: float = Field(default=0.0, ge=0)  # benign prompts' scores so near the best of their group count as equal

@@ -73,6 +73,15 @@ def check_updates(algorithm: Denoising) -> None:
         raise UserError(f"algorithm.updates = {algorithm.updates} is more than the {algorithm.prompts} groups there are to share out")
 
 
+def check_ratio(algorithm: Denoising, recipe: Any) -> None:
+    """Raises UserError for several updates on pictures whose sampler, the guided policy, is not what is trained: no ratio would say how far it has moved."""
+    if algorithm.updates > 1 and algorithm.train_guidance == "off" and recipe.process.guidance != 1:
+        raise UserError(
+            f"algorithm.updates = {algorithm.updates} are held together by the ratio to the policy that painted, and with process.guidance = {recipe.process.guidance:g} "
+            'and algorithm.train_guidance = "off" there is none; set updates = 1, guidance = 1, or train_guidance = "both"'
+        )
+
+
 def shuffled(gain: Advantages, group: int, generator: torch.Generator) -> Tensor:
     """Indices of the pictures of living groups, `(G, K)` long on the CPU, the groups in a random order."""
     alive = gain.members(group).view(-1, group)

@@ -34,7 +34,8 @@ def command(
     if not asked.series:
         raise UserError(f"{study} has no [[sweep]]; give one with a key and its values, or use `safediffusion study`")
     spelled = ["safediffusion", "pareto", str(study), "--out", str(out)]
-    rows, failures = performed(asked, out, jobs, spelled)
+    axes = asked.settings.pareto
+    rows, failures = performed(asked, out, jobs, spelled, drawn=(axes.unsafe, axes.quality))
     said = sweep_written(asked, rows, out, spelled, failures)
     Console(highlight=False).print(terminal(asked, rows))
     typer.echo(f"{said}\n{out / 'pareto.md'}, {out / 'pareto.json'}, {out / 'pareto.png'}; the runs: {out / 'study.md'}")

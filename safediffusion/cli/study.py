@@ -41,7 +41,7 @@ def command(
     complain(asked, failures)
 
 
-def performed(asked: Study, out: Path, jobs: int | None, spelled: Sequence[str]) -> tuple[list[Standing], dict[str, str]]:
+def performed(asked: Study, out: Path, jobs: int | None, spelled: Sequence[str], drawn: Sequence[str] = ()) -> tuple[list[Standing], dict[str, str]]:
     """All runs under a bar that counts them; an interrupt leaves them to be gone on with."""
     from rich.progress import Progress
 
@@ -50,7 +50,7 @@ def performed(asked: Study, out: Path, jobs: int | None, spelled: Sequence[str])
 
     with Progress(*progress_columns(), console=progress_console()) as bar:
         task = bar.add_task("runs", total=len(asked.jobs))
-        return perform(asked, out, jobs=jobs, command=spelled, moved=lambda done, note: bar.update(task, completed=done, description=note or "runs"))
+        return perform(asked, out, jobs=jobs, command=spelled, moved=lambda done, note: bar.update(task, completed=done, description=note or "runs"), drawn=drawn)
 
 
 def complain(asked: Study, failures: dict[str, str]) -> None:

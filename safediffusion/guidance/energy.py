@@ -13,14 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from safediffusion.config import settings
+from safediffusion.config import Interval, settings
 from safediffusion.errors import UserError
 from safediffusion.guidance.policy import Addressed
 from safediffusion.rewards.combined import CombinedSettings, Single
 from safediffusion.rewards.detection import DetectionSettings
 from safediffusion.types import Policy, Process, Prompt, Reward
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @settings
@@ -31,7 +29,7 @@ class EnergySettings:
     # The picture is drawn from `p(x) exp(scale r(x))` as far as the steps allow: larger is better scored and less like the model's own. 0 is the plain model.
     scale: float = Field(default=2.0, ge=0)
     # Of the schedule, from less noise to more, where the reward leads: in noise it sees nothing, at the end nothing can change.
-    range: tuple[Share, Share] = (0.0, 1.0)
+    range: Interval = (0.0, 1.0)
     # Through the denoiser, two forwards more a step; false takes x0^ to move as x does (MPGD, arXiv 2311.16424), which costs only the decoder and the reward.
     through: bool = True
     # What a prompt's class is, nobody knows while painting: every prompt is taken for a safe one.

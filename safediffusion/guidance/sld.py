@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from safediffusion.config import settings
+from safediffusion.errors import UserError
 from safediffusion.guidance.policy import Addressed
 from safediffusion.types import Policy, Process
 
@@ -40,8 +41,13 @@ class SldSettings:
     kind: Literal["sld"] = "sld"
     level: Literal["weak", "medium", "strong", "max"] = "medium"
     # What to keep away from, in words that the model's text encoder knows. The paper's own list is longer and coarser; name what you fear.
-    concept: str = Field(default="hate, harassment, violence, suffering, self-harm, nudity, blood, weapons, theft, cruelty", min_length=1)
+    concept: str = "hate, harassment, violence, suffering, self-harm, nudity, blood, weapons, theft, cruelty"
     scale: float | None = Field(default=None, ge=0)  # in place of the level's; 0 is the plain model
+
+    def check(self) -> None:
+        """Raises UserError for a concept without words."""
+        if not self.concept.strip():
+            raise UserError("guide.concept is empty; name what to keep away from, such as 'weapons'")
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from safediffusion.errors import UserError
 from safediffusion.types import Scores
@@ -14,6 +15,9 @@ Measures = dict[str, bool]
 def checked(scores: Scores, count: int, component: str) -> Scores:
     """The same scores when total and parts are finite `(count,)`; UserError names the `component` otherwise."""
     for name, values in {"total": scores.total, **scores.parts}.items():
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            kind = f"tensor of {str(values.dtype).removeprefix('torch.')}" if isinstance(values, Tensor) else type(values).__name__
+            raise UserError(f"the reward '{component}' gave {name} as a {kind}; it must be a tensor of floats, such as values.float()")
         if values.shape != (count,):
             raise UserError(f"the reward '{component}' gave {name} of shape {tuple(values.shape)}; it must be ({count},), one number per picture")
         bad = count - int(torch.isfinite(values).sum())

@@ -23,13 +23,19 @@ SCHEMA = 1
 
 
 def perform(
-    study: Study, out: Path, *, jobs: int | None = None, command: Sequence[str] = (), moved: Callable[[float, str], None] = lambda done, note: None
+    study: Study,
+    out: Path,
+    *,
+    jobs: int | None = None,
+    command: Sequence[str] = (),
+    moved: Callable[[float, str], None] = lambda done, note: None,
+    drawn: Sequence[str] = (),
 ) -> tuple[list[Standing], dict[str, str]]:
     """Run what is missing, `jobs` runs at once (one on each GPU, without any one on each core), then write study.json, study.md and, where runs were probed, study.png.
 
-    Returns the rows, and the runs that failed with a sentence for each. UserError when no run was measured.
+    `drawn` names metrics that must be among what is measured. Returns the rows, and the runs that failed with a sentence for each. UserError when no run was measured.
     """
-    failures = carry_out(study, out, jobs or len(cards()) or os.cpu_count() or 1, moved)
+    failures = carry_out(study, out, jobs or len(cards()) or os.cpu_count() or 1, moved, drawn)
     rows = standings(study, out)
     if len(rows) < 2:
         raise UserError(f"all {len(study.jobs)} runs failed; the first: {told(failures)[0]}")

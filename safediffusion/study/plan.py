@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ BASE = "base"  # the row of the untrained model
 _NO_END = 1_000_000  # iterations of a run that its seconds end
 _SET_HERE = ("steps", "seed", "limit")  # what a study decides for all of its runs
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")  # a value may be a path
 
 
 @settings
@@ -84,7 +86,7 @@ class StudySettings:
 
     title: str = ""
     budget: Budget = Budget()  # of those that are trained
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     # Of each run, besides the base's, for a budget of forwards; 0 leaves them to the recipes. As many for all, because each keeps its best.
     probes: int = Field(default=0, ge=0)
     base: dict[str, Any] = Field(default_factory=dict)  # a recipe that all share
@@ -159,7 +161,8 @@ def read_study(path: Path) -> Study:
     for sweep in asked.sweep:
         for value in sweep.values:
             made = _made(path, asked, sweep, f"{sweep.key}={json.dumps(value)}")
-            entrants.append(Entrant(f"{sweep.name}-{_spelled(value)}", f"{sweep.label or sweep.name}, {_spelled(value)}", *made, sweep.name, value))
+            name = f"{sweep.name}-{_NOT_IN_NAMES.sub('-', _spelled(value))}"
+            entrants.append(Entrant(name, f"{sweep.label or sweep.name}, {_spelled(value)}", *made, sweep.name, value))
     study = Study(asked, tuple(entrants), {sweep.name: sweep.label or sweep.name for sweep in asked.sweep})
     _check(path, study)
     return study
@@ -190,6 +193,8 @@ def _recipe(path: Path, asked: StudySettings, entrant: EntrantSettings | Sweep, 
     for table, owner in ((asked.base, "base"), (entrant.recipe, f"the recipe of {entrant.name}")):
         if taken := next((key for key in _SET_HERE if key in table), None):
             raise UserError(f"{path}: {taken} of {owner} is set by the study's budget and seeds; leave it out")
+    if (key := next(iter(assignments), "").partition("=")[0]).partition(".")[0] in _SET_HERE:
+        raise UserError(f"{where}: {key} is set by the study's budget and seeds, and cannot be swept; sweep another setting")
     table = asked.base
     if entrant.file is not None:
         table = {key: value for key, value in read_toml(path.parent / entrant.file).items() if key not in _SET_HERE}

@@ -24,12 +24,15 @@ from safediffusion.errors import UserError
 from safediffusion.files import check_writable, read_jsonl, read_text, write_text
 from safediffusion.guided import GuideFile, described
 from safediffusion.measurement import PICTURES, SCORES
+from safediffusion.report.metric import metric
+from safediffusion.report.results import read_results
 from safediffusion.study.plan import BASE, Job, Study
 from safediffusion.train.log import NAME as METRICS
 from safediffusion.train.run_folder import RESULTS
 
 _POLL = 2.0  # seconds between two looks at how far the runs are
 _TRAINING = 0.9  # of a run's way; the rest is its measurement
+_AGAINST_BASE = ("drift", "retention")  # what the base itself has not
 _CALL = (sys.executable, "-m", "safediffusion.study.child")
 
 
@@ -52,10 +55,11 @@ class Workshop:
         return ["evaluate", subject, *(word for name, value in given.items() if value is not None for word in (f"--{name}", str(value)))]
 
 
-def carry_out(study: Study, folder: Path, workers: int, moved: Callable[[float, str], None] = lambda done, note: None) -> dict[str, str]:
+def carry_out(study: Study, folder: Path, workers: int, moved: Callable[[float, str], None] = lambda done, note: None, drawn: Sequence[str] = ()) -> dict[str, str]:
     """Train and measure what is not there yet, `workers` runs at once; what failed, by the run's name, and why in a sentence.
 
-    `moved` hears now and then how many runs are done, parts of them included.
+    `moved` hears now and then how many runs are done, parts of them included. UserError, as soon as the base is measured, where nothing measures one of
+    the metrics that are to be `drawn`.
     """
     shop = Workshop(study, folder, SimpleQueue())
     for place in places(workers):
@@ -71,6 +75,7 @@ def carry_out(study: Study, folder: Path, workers: int, moved: Callable[[float, 
                 done, left = wait(left, _POLL)
                 if base in done:
                     base.result()  # without it there is nothing to compare with
+                    _check_drawn(study, folder, drawn)
                 for future in done & set(futures):
                     if error := future.exception():
                         failures[futures[future].name] = _told(error)
@@ -103,6 +108,13 @@ def _measure_base(shop: Workshop) -> None:
         (out / RESULTS).unlink(missing_ok=True)
         (shop.folder / f"{BASE}.log").unlink(missing_ok=True)
         _call(shop, words, shop.folder / f"{BASE}.log")
+
+
+def _check_drawn(study: Study, folder: Path, drawn: Sequence[str]) -> None:
+    base = read_results(folder / BASE)
+    there = [of.name for of in base.metrics() if base.estimate(base.reference, of.name)] if drawn else []
+    if missing := next((name for name in drawn if name not in there and metric(name).family not in _AGAINST_BASE), None):
+        raise UserError(f"[pareto] draws {missing!r}, which evaluate.tasks = {study.settings.evaluate.tasks!r} does not measure; it has {', '.join(there)}")
 
 
 def _finish(shop: Workshop, job: Job, base: Future[None]) -> None:

@@ -55,6 +55,7 @@ def terminal(study: Study, rows: Sequence[Standing]) -> RenderableType:
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     measured = columns(rows)
     tables = []
@@ -68,7 +69,7 @@ def terminal(study: Study, rows: Sequence[Standing]) -> RenderableType:
             cells = [_mark(of, row) + (as_value(of, row.values[of.name].value) if of.name in row.values else MISSING) for of in part]
             drawn.add_row(escape(row.label), *(cells or [*_spent(row, study.clock), hacking(row)]))
         tables += [drawn, ""]
-    return Group(study.settings.title, *tables)
+    return Group(Text(study.settings.title), *tables)
 
 
 def hacking(row: Standing) -> str:

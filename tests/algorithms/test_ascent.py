@@ -17,7 +17,7 @@ from safediffusion.algorithms.update import Learner
 from safediffusion.config import resolve
 from safediffusion.errors import UserError
 from safediffusion.recipe import Recipe, check
-from safediffusion.types import Prompt
+from safediffusion.types import Prompt, Scores
 
 PROMPTS = (Prompt("a red cat"), Prompt("a knife", unsafe=True))
 PLAIN = {"prompts": 2, "group": 2, "benign_kl": 0.0, "unsafe_kl": 0.0}
@@ -146,6 +146,18 @@ def test_a_constraint_is_in_the_loss_of_the_very_step_that_sees_it_broken(make_l
     plain.optimizer.zero_grad()
     plain.reward(plain.policy.decode(walked(plain, 2)[0]), [prompt for prompt in PROMPTS for _ in range(2)]).parts["blue"].mean().backward()
     assert close(found - alone, weight * gradient(plain), 0.02)
+
+
+def test_scores_that_come_without_their_gradient_are_refused(make_learner: Make) -> None:
+    learner = make_learner()
+    own = learner.reward
+    learner.reward = lambda images, prompts: Scores(own(images, prompts).total.detach(), {})
+    with pytest.raises(UserError, match=r"the reward's total has no gradient to the pictures, though it was said to have one"):
+        Draft(**PLAIN).step(learner, PROMPTS, seeded())
+    learner.reward = lambda images, prompts: Scores((scores := own(images, prompts)).total, {"blue": scores.parts["blue"].detach()})
+    learner.objective = Objective(constraints=(Constraint(cost="blue", budget=0.0),))
+    with pytest.raises(UserError, match=r"the reward's blue has no gradient"):
+        Refl(**PLAIN).step(learner, PROMPTS, seeded())
 
 
 def test_one_picture_a_prompt_is_enough() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from safediffusion.algorithms.dpo import Dpo
 from safediffusion.algorithms.kto import Kto
@@ -126,8 +127,8 @@ def test_the_members_of_a_group_share_time_and_noise(make_learner: Make, witness
 @pytest.mark.parametrize("name", METHODS)
 def test_what_cannot_be_drawn_is_refused(name: str) -> None:
     recipe = SimpleNamespace(constraints=())
-    with pytest.raises(UserError, match="lower share of the schedule first"):
-        method(name, time_range=(0.9, 0.1)).check(recipe)
+    with pytest.raises(ValidationError, match=r"\[0.9, 0.1\] is empty; give the lower share first"):
+        method(name, time_range=(0.9, 0.1))
     with pytest.raises(UserError, match="more than the 2 times"):
         method(name, updates=3).check(recipe)
     method(name).check(recipe)

@@ -108,8 +108,8 @@ def test_rewards_are_reported_in_all_and_by_class() -> None:
     total, prompts = torch.tensor([1.0, 2.0, 3.0, 6.0]), [Prompt("a")] * 2 + [Prompt("b", unsafe=True)] * 2
     gain = advantages(total, 2, 0.1, 2.5, 1e-4)
     metrics = reward_metrics(prompts, Scores(total, {"part": total * 2}), gain)
-    assert metrics == {"reward/total": 3.0, "reward/part": 6.0, "reward/benign": 1.5, "reward/unsafe": 4.5, "dead_groups": 0.0}
-    assert "reward/unsafe" not in reward_metrics(prompts[:2], Scores(total[:2], {}), advantages(total[:2], 2, 0.1, 2.5, 1e-4))
+    assert metrics == {"reward/total": 3.0, "reward/part": 6.0, "reward/total/benign": 1.5, "reward/total/unsafe": 4.5, "dead_groups": 0.0}
+    assert "reward/total/unsafe" not in reward_metrics(prompts[:2], Scores(total[:2], {}), advantages(total[:2], 2, 0.1, 2.5, 1e-4))
 
 
 # One optimizer step

@@ -18,7 +18,7 @@ from safediffusion.hub import EMBEDDED
 from safediffusion.weights import sha256
 
 STUDY = """
-title = "Two rates"
+title = "Two rates [/bold]"
 budget = {forwards = 48}
 seeds = [0, 1]
 probes = 1
@@ -119,7 +119,7 @@ def test_a_guided_row_is_measured_once_and_has_spent_nothing(studied: tuple[Path
 def test_what_is_written_for_people(studied: tuple[Path, Path, int]) -> None:
     _, out, _ = studied
     text = (out / "study.md").read_text()
-    assert text.startswith("# Two rates\n")
+    assert text.startswith("# Two rates [/bold]\n")
     assert "| base |" in text and "| rate, 0.001 |" in text and "- broken-0: train failed:" in text
     assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
 
@@ -144,11 +144,20 @@ def test_a_finished_study_repeats_nothing_and_pareto_reads_the_same_runs(studied
     assert ended.code == 0, ended.err
     assert "hypervolume" in ended.out and "pareto.md" in ended.out
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.log")} == logs
+    assert "Two rates [/bold]" in ended.out
     document = json.loads((out / "pareto.json").read_text())
     (series,) = document["series"]
     assert (series["name"], series["front"], series["hypervolume"]["n"]) == ("rate", ["rate-0.001"], 1)
     assert series["hypervolume"]["low"] <= series["hypervolume"]["value"] <= series["hypervolume"]["high"]
     assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_axis_that_nothing_measures_is_refused_when_the_base_is_measured(studied: tuple[Path, Path, int], command, tmp_path: Path) -> None:
+    _, out, _ = studied
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY.replace("1e-3", "0.5") + '[pareto]\nquality = "compositon"\n')
+    command("pareto", file, "--out", out).refused("[pareto] draws 'compositon', which evaluate.tasks = 'pictograms' does not measure; it has", "composition")
+    assert not (out / "rate-0.5-1").exists()
 
 
 def test_what_is_no_study_and_no_sweep(command, tmp_path: Path) -> None:

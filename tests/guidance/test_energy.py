@@ -96,3 +96,8 @@ def test_pictures_score_higher_and_the_weights_stay(policy: LatentPolicy) -> Non
 def test_rewards_that_cannot_guide(reward: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve(EnergySettings, {"kind": "reward", "reward": reward}).check()
+
+
+def test_an_empty_range_is_refused() -> None:
+    with pytest.raises(UserError, match=r"range: \[0.9, 0.1\] is empty"):
+        resolve(EnergySettings, {"kind": "reward", "range": [0.9, 0.1]})

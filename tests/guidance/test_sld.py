@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from safediffusion.errors import UserError
 from safediffusion.guidance.policy import GuidedPolicy
 from safediffusion.guidance.sld import LEVELS, SafeLatent, Strength
+from safediffusion.guided import guide_of
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
 from safediffusion.process import from_scheduler
 from safediffusion.rollout import walk
@@ -75,3 +77,8 @@ def test_pictures_of_a_batch_are_guided_apart(policy: LatentPolicy, process: Pro
     together = painted(guided, process, start(policy))
     alone = walk(guided, process, guided.encode(PROMPTS[1:]), start(policy)[1:], 7.5).clean
     torch.testing.assert_close(together[1:], alone, atol=1e-3, rtol=1e-3)
+
+
+def test_a_concept_without_words_is_refused() -> None:
+    with pytest.raises(UserError, match="guide.concept is empty"):
+        guide_of({"guide": {"kind": "sld", "concept": "  "}}, "guide")

@@ -32,6 +32,8 @@ def test_scores_pass_through():
         (lambda images, prompts: torch.full((3,), float("inf")), "no finite total for 3 of 3 pictures"),
         (lambda images, prompts: Scores(torch.ones(3), {"x": torch.ones(2)}), r"gave x of shape \(2,\)"),
         (lambda images, prompts: [1.0, 2.0, 3.0], "gave a list"),
+        (lambda images, prompts: torch.arange(3), r"gave total as a tensor of int64; it must be a tensor of floats, such as values\.float\(\)"),
+        (lambda images, prompts: Scores(torch.ones(3), {"x": [1.0, 2.0, 3.0]}), "gave x as a list"),
         (lambda images, prompts: prompts[5], "failed: IndexError"),
     ],
 )

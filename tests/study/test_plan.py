@@ -70,6 +70,15 @@ def test_a_sweep_is_a_row_for_each_value(read: Callable[[str], Study]) -> None:
     assert study.series == {"group": "group of"}
 
 
+def test_folders_of_a_sweep_over_paths_stay_in_the_studys(read: Callable[[str], Study]) -> None:
+    study = read(
+        "budget = {forwards = 5000}\nseeds = [0]\n" + BASE + '[[sweep]]\nname = "words"\nkey = "data.unsafe"\nvalues = ["../mine.txt", "pictograms/train-named"]\n'
+    )
+    assert [job.name for job in study.jobs] == ["words-..-mine.txt-0", "words-pictograms-train-named-0"]
+    assert [job.recipe.data.unsafe for job in study.jobs] == ["../mine.txt", "pictograms/train-named"]
+    assert study.entrants[0].label == "words, ../mine.txt"
+
+
 def test_a_guide_alone_is_not_trained_and_has_one_seed(read: Callable[[str], Study]) -> None:
     rows = '[[entrants]]\nname = "sld"\nguide = {kind = "sld", level = "max"}\n'
     rows += '[[sweep]]\nname = "reward"\nguide = {kind = "reward"}\nkey = "guide.scale"\nvalues = [1, 4.5]\n'
@@ -121,6 +130,12 @@ def test_the_shipped_study_of_methods_has_all_of_them() -> None:
         ("budget = {forward = 10}\n" + BASE + ENTRANT, "did you mean budget.forwards?"),
         ("budget = {seconds = 3}\n" + BASE, "has no [[entrants]] and no [[sweep]]"),
         ("budget = {seconds = 3}\nseeds = [1, 1]\n" + BASE + ENTRANT, "a seed is named twice"),
+        ("budget = {seconds = 3}\nseeds = [-1]\n" + BASE + ENTRANT, "seeds.0 = -1 is not allowed"),
+        (
+            "budget = {seconds = 3}\n" + BASE + '[[sweep]]\nname = "s"\nkey = "seed"\nvalues = [1, 2]\n',
+            "s: seed is set by the study's budget and seeds, and cannot be swept",
+        ),
+        ("budget = {seconds = 3}\n" + BASE + '[[sweep]]\nname = "s"\nkey = "limit.forwards"\nvalues = [9]\n', "limit.forwards is set by the study's budget and seeds"),
         ("budget = {seconds = 3}\n" + BASE + ENTRANT + ENTRANT, "the name forward is given twice"),
         ("budget = {seconds = 3}\n" + BASE + ENTRANT.replace("forward", "base"), "base is the name of the untrained model's row"),
         ("budget = {seconds = 3}\n" + BASE + ENTRANT.replace("forward", "a/b"), "entrants.0.name"),
