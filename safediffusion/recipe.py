@@ -101,6 +101,8 @@ def check(recipe: Recipe) -> Recipe:
 
 def _check_constraints(recipe: Recipe) -> None:
     """UserError for a constraint on a cost that nothing measures, or on prompts that there are none of."""
+    if recipe.constraints and recipe.lagrangian.update == "alm" and not recipe.lagrangian.rho:
+        raise UserError('lagrangian.rho = 0 never moves the multipliers of update = "alm"; set rho, or update = "ascent" for the plain Lagrangian')
     known, costs = recipe.reward.measures, [constraint.cost for constraint in recipe.constraints]
     for index, constraint in enumerate(recipe.constraints):
         key, cost = f"constraints.{index}", constraint.cost
@@ -111,6 +113,8 @@ def _check_constraints(recipe: Recipe) -> None:
             raise UserError(f"{key}.budget = {constraint.budget:g} is not between 0 and 1, and {cost} is a share; 5 % is 0.05")
         if costs.count(cost) > 1:
             raise UserError(f"{key}.cost = {cost!r} is constrained twice, which metrics could not tell apart; keep one")
+        if cost == "kl" and constraint.at == "least":
+            raise UserError(f'{key}.at = "least" would drive the policy away from the base; a constraint on "kl" is "most"')
         if cost == DRIFT and not recipe.data.safe:
             raise UserError(f'{key}.cost = "drift" is of benign prompts, and data.safe names none; name some, or constrain "kl"')
         if cost not in ("kl", DRIFT) and not {"safe": recipe.data.safe, "unsafe": recipe.data.unsafe, "all": True}[constraint.prompts]:

@@ -75,6 +75,10 @@ class Forward:
         """Raises UserError for settings of a recipe that cannot work together."""
         check_noising(self)
         if self.diversity:
+            if not self.slack:
+                raise UserError(
+                    "algorithm.diversity is for pictures within algorithm.slack of the best of their group, and slack = 0 leaves one of them; set it, such as 0.1"
+                )
             require_units(recipe.reward, "algorithm.diversity finds good pictures by the total in its own unit")
         if self.proximal and self.old == "now":
             raise UserError('algorithm.proximal holds to an old policy, and algorithm.old = "now" is none; set algorithm.old = "rollout" or "average"')

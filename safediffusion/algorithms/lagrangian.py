@@ -24,7 +24,7 @@ class AugmentedLagrangian:
     update: "alm" holds a multiplier for some iterations, takes `[lam + rho mean(g)]_+` as the next one, and raises rho where the violation has not
         fallen; "ascent" adds `rate g` (dual ascent); "adam_log" moves log(lam) by Adam, so that multipliers stay positive and change by
         shares; "pid" is the controller of arXiv 2007.03964, whose multiplier acts in the iteration that it was computed in.
-    rho: the penalty, per unit of violation; 0 is the plain Lagrangian, whose cost swings about the budget.
+    rho: the penalty, per unit of violation; 0 is the plain Lagrangian, whose cost swings about the budget ("alm" needs more than 0). Not of "pid".
     """
 
     update: Literal["alm", "ascent", "adam_log", "pid"] = "alm"
@@ -42,7 +42,8 @@ class AugmentedLagrangian:
         """The state of `count` constraints before anything was observed: multipliers 0 (1e-3 for "adam_log", which cannot leave 0)."""
         zero = torch.zeros(count, dtype=torch.float64)
         first = zero + 1e-3 if self.update == "adam_log" else zero
-        return {"lam": first, "rho": zero + self.rho, "sum": zero, "last": zero, "worst": zero + torch.inf, "mean": zero, "square": zero, "count": zero}
+        rho = zero if self.update == "pid" else zero + self.rho  # the controller has its own proportional part
+        return {"lam": first, "rho": rho, "sum": zero, "last": zero, "worst": zero + torch.inf, "mean": zero, "square": zero, "count": zero}
 
     def weight(self, g: Tensor, state: State) -> Tensor:
         """`[lam + rho g]_+`: what the gradient of each constraint is multiplied by, `(C,)`."""

@@ -113,7 +113,7 @@ def update_by_times(algorithm: Renoising, learner: Learner, pictures: Pictures, 
                 totals.add_(torch.stack([loss.detach(), kl.detach().sum()]) * share)
                 yield (loss + (pull[part] * kl).sum()) * share
 
-    for turns in torch.randperm(algorithm.times, generator=generator).chunk(algorithm.updates):
+    for turns in torch.randperm(algorithm.times, generator=generator).tensor_split(algorithm.updates):
         norms.append(learner.descend(summands(turns.tolist())))
     loss, kl = (ranks.summed(totals) / len(norms)).tolist()
     return learner.observe_kl(kl) | {"grad_norm": sum(norms) / len(norms), "loss": loss, "kl": kl}

@@ -155,7 +155,7 @@ def update_by_groups(algorithm: Denoising, learner: Learner, rolled: Rollout, ga
     """Updates that share out the `groups` of indices `(G, K)`; what there is to log, by `names`."""
     totals = torch.zeros(len(names) + 1, device=gain.device)  # stays there until the last update
     norms = []
-    for few in groups.chunk(algorithm.updates) if len(groups) else ():
+    for few in groups.tensor_split(min(algorithm.updates, len(groups))) if len(groups) else ():
         index = few.flatten()
         norms.append(learner.descend(losses(rolled[index], gain[index.to(gain.device)], totals)))
     *sums, count = ranks.summed(totals).tolist()

@@ -123,7 +123,8 @@ def over_repeats(repeats: Sequence[Estimate], within: Estimate) -> Estimate:
 
     `within` is what all their pictures say together, its interval over prompts; Student's interval of the repeats' values says how they
     scatter. The two distances from the mean are added in quadrature, each side by itself (Zou and Donner 2008, Statistics in Medicine
-    27:1693); the scatter of pictures is in both, so it is rather too wide. One repeat has no scatter: its interval is over prompts alone.
+    27:1693); the scatter of pictures is in both, so it is rather too wide. One repeat has no scatter: its interval is over prompts alone. Of what
+    has no interval over prompts (NaN), several repeats have that of their scatter.
     """
     from scipy.special import stdtrit
 
@@ -133,7 +134,8 @@ def over_repeats(repeats: Sequence[Estimate], within: Estimate) -> Estimate:
         return Estimate(np.nan, np.nan, np.nan, 0)
     mean, count = float(values.mean()), sum(each.n for each in repeats)
     scatter = float(stdtrit(values.size - 1, (1 + CONFIDENCE) / 2) * values.std(ddof=1) / np.sqrt(values.size)) if values.size > 1 else 0.0
-    below, above = (float(np.hypot(reach, scatter)) for reach in (within.value - within.low, within.high - within.value))
+    reaches = np.array([within.value - within.low, within.high - within.value])
+    below, above = np.hypot(np.nan_to_num(reaches) if values.size > 1 else reaches, scatter).tolist()
     return Estimate(mean, mean - below, mean + above, count)
 
 

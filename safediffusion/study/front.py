@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri, stdtrit
 
 from safediffusion.evaluate.statistics import CONFIDENCE, Estimate
 from safediffusion.report.metric import metric
-from safediffusion.study.outcome import Standing, pictures
+from safediffusion.study.outcome import Standing, is_mean, pictures
 from safediffusion.study.picture import COLOURS, sheet
 from safediffusion.study.plan import BASE, Axes, Study
 
@@ -120,8 +121,9 @@ def picture(series: Sequence[Series], rows: Sequence[Standing], axes: Axes, titl
 
 
 def _drawable(row: Standing, axes: Axes) -> bool:
-    """Whether both axes were measured picture by picture, which an interval needs."""
-    return all(name in row.values and pictures(row.outcomes, name).size for name in (axes.unsafe, axes.quality))
+    """Whether both axes are means of what was measured picture by picture, which an interval needs."""
+    results = row.outcomes[0].results
+    return all(name in row.values and is_mean(results, results.metric(name)) and pictures(row.outcomes, name).size for name in (axes.unsafe, axes.quality))
 
 
 def _point(axis: Any, row: Standing, axes: Axes, scales: Sequence[float], colour: str, label: str, corner: tuple[int, int, str]) -> None:
@@ -136,16 +138,29 @@ def _point(axis: Any, row: Standing, axes: Axes, scales: Sequence[float], colour
 def _resampled(rows: Sequence[Standing], axes: Axes) -> NDArray[np.float64]:
     """Points `(R, N, 2)` of resamples of seeds and of prompts, each drawn by itself (the pigeonhole bootstrap, Owen 2007, Annals of Applied Statistics 1:386).
 
-    A draw has the same prompts for all points, as they were measured on the same ones, and the same seeds where they have as many.
+    A draw has the same prompts for all points, as they were measured on the same ones, and the same seeds where they have as many. How far drawn seeds
+    lie from the mean of all is stretched to Student's distance: of S seeds a plain bootstrap scatters by sqrt((S - 1) / S) too little, and its tails are normal.
     """
     points = np.full((RESAMPLES, len(rows), 2), np.nan)
     for axis, name in enumerate((axes.unsafe, axes.quality)):
         for at, row in enumerate(rows):
             table = np.nanmean(pictures(row.outcomes, name), axis=2)  # (S, P)
             runs, prompts = _draws(0, table.shape[0]), _draws(1 + axis, table.shape[1])
+            mean, stretch = np.nanmean(table, axis=0), _stretch(table.shape[0])
             for draw in range(RESAMPLES):
-                points[draw, at, axis] = np.nanmean(table[runs[draw]][:, prompts[draw]])
+                drawn = np.nanmean(table[runs[draw]], axis=0)  # (P,)
+                points[draw, at, axis] = np.nanmean((mean + stretch * (drawn - mean))[prompts[draw]])
+        if metric(name).share:
+            points[:, :, axis] = points[:, :, axis].clip(0, 1)  # what is stretched may pass the ends
     return points
+
+
+def _stretch(seeds: int) -> float:
+    """1 for a single seed, which has no scatter to stretch."""
+    if seeds == 1:
+        return 1.0
+    tail = (1 + CONFIDENCE) / 2
+    return float(stdtrit(seeds - 1, tail) / ndtri(tail) * np.sqrt(seeds / (seeds - 1)))
 
 
 def _draws(number: int, size: int) -> NDArray[np.int64]:

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from safediffusion.errors import UserError
 from safediffusion.evaluate.statistics import Estimate, clustered_rate, mean_over_prompts, over_repeats, significantly_below
 from safediffusion.files import read_jsonl
+from safediffusion.report.comparison import unlike
 from safediffusion.report.metric import Metric
 from safediffusion.report.pairs import Scores, read_scores
 from safediffusion.report.results import Results, read_results
@@ -22,6 +24,7 @@ from safediffusion.train.log import NAME as METRICS
 
 GUARDED = ("composition", "alignment", "diversity")  # what a hacked reward costs
 CLOCKS = ("cpu_seconds", "seconds")  # of a processor, and on the wall
+_NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
 LEAST_END = 5  # iterations at the start and at the end that a gain compares
 LEAST_GAIN = 1.0  # standard deviations of the training reward past which it counts as risen
 
@@ -117,6 +120,8 @@ def standings(study: Study, folder: Path) -> list[Standing]:
     rows = [Standing(BASE, "base", {of.name: found for of in metrics if (found := base.estimate(base.reference, of.name))})]
     for entrant in study.entrants:
         outcomes = tuple(found for job in study.jobs if job.entrant is entrant and (found := _outcome(folder / job.name, job.seed)))
+        for each in outcomes:
+            _check_alike(base, each, folder / f"{entrant.name}-{each.seed}")
         if outcomes:
             metrics = [of for of in outcomes[0].results.metrics() if not of.part]
             values = {of.name: _value(of, outcomes) for of in metrics if outcomes[0].results.estimate("trained", of.name)}
@@ -125,9 +130,19 @@ def standings(study: Study, folder: Path) -> list[Standing]:
     return rows
 
 
+def _check_alike(base: Results, outcome: Outcome, folder: Path) -> None:
+    """UserError for a run that was measured by another protocol than the base, or against other weights: an older version of this package may have done so."""
+    weights = [results.run.get("models", {}).get(model, {}).get("sha256") for results, model in ((base, base.reference), (outcome.results, BASE))]
+    if different := unlike(base.protocol, outcome.results.protocol) or ("the weights of the base are others" if weights[0] != weights[1] else ""):
+        raise UserError(
+            f"{folder} was not measured as {folder.parent / BASE}, and numbers of different protocols share no table: {different}; "
+            "delete the results.json that is out of date and give the same command again"
+        )
+
+
 def pictures(outcomes: Sequence[Outcome], name: str, model: str = "trained") -> NDArray[np.float64]:
     """What the pictures scored, `(S, P, K)`, of the prompts that were measured in every run; (S, 0, 0) for what is no measure of a picture."""
-    tables = [dict(zip(*each.scores[model].table(name), strict=True)) for each in outcomes]
+    tables = [dict(zip(*each.scores.get(model, Scores()).table(name), strict=True)) for each in outcomes]
     shared = [prompt for prompt in tables[0] if all(prompt in table for table in tables)]
     if not shared:
         return np.empty((len(outcomes), 0, 0))
@@ -143,14 +158,21 @@ def _outcome(folder: Path, seed: int) -> Outcome | None:
     return Outcome(seed, results, read_scores(folder / "scores.jsonl", several=len(results.tasks) > 1), records)
 
 
+def is_mean(results: Results, of: Metric) -> bool:
+    """Whether a model's number is the mean of what its pictures scored: not that of a set (FID), a sum, a maximum, or a mean of tasks."""
+    return results.kind(of.name) not in ("frechet", "count", "geneval") and of.family not in ("expected_maximum", "detections")
+
+
 def _value(of: Metric, outcomes: Sequence[Outcome]) -> Estimate:
-    values = _beside(pictures(outcomes, of.name))
-    nothing = Estimate(math.nan, math.nan, math.nan, 0)
-    rates = of.share and bool(np.isin(values[~np.isnan(values)], (0.0, 1.0)).all())
-    within = nothing if not values.size else clustered_rate(values) if rates else mean_over_prompts(values, seed=0)
-    seeds = [each.results.estimate("trained", of.name) or nothing for each in outcomes]
+    seeds = [each.results.estimate("trained", of.name) or _NOTHING for each in outcomes]
+    values = pictures(outcomes, of.name)
+    if is_mean(outcomes[0].results, of) and values.size:
+        rates = of.share and bool(np.isin(values[~np.isnan(values)], (0.0, 1.0)).all())
+        within = clustered_rate(_beside(values)) if rates else mean_over_prompts(_beside(values), seed=0)
+    else:
+        within = _typical(seeds)
     found = over_repeats(seeds, within)
-    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high)) if of.share else found
+    return replace(found, low=float(np.clip(found.low, 0, 1)), high=float(np.clip(found.high, 0, 1))) if of.share else found
 
 
 def _change(of: Metric, outcomes: Sequence[Outcome]) -> Estimate | None:
@@ -158,10 +180,17 @@ def _change(of: Metric, outcomes: Sequence[Outcome]) -> Estimate | None:
     seeds = [found for each in outcomes if (found := each.results.change(of.name))]
     if len(seeds) < len(outcomes):
         return None
+    if not is_mean(outcomes[0].results, of):
+        return over_repeats(seeds, _typical(seeds))
     after, before = (pictures(outcomes, of.name, model) for model in ("trained", "base"))
     if after.shape != before.shape or not after.size:
         return None
     return over_repeats(seeds, mean_over_prompts(_beside(after - before), seed=0))
+
+
+def _typical(seeds: Sequence[Estimate]) -> Estimate:
+    """What the evaluations of the seeds say of themselves on average: as wide as one of them, though all together know more."""
+    return Estimate(*(float(np.mean([getattr(each, name) for each in seeds])) for name in ("value", "low", "high")), n=sum(each.n for each in seeds))
 
 
 def _beside(values: NDArray[np.float64]) -> NDArray[np.float64]:

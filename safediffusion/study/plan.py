@@ -229,6 +229,9 @@ def _check(path: Path, study: Study) -> None:
     names = [each.name for each in study.entrants]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{path}: the name {twice} is given twice; one name, one row")
+    sweeps = [each.name for each in study.settings.sweep]
+    if twice := next((name for name in sweeps if sweeps.count(name) > 1), None):
+        raise UserError(f"{path}: two sweeps are called {twice}, and would be one series; give each its own name")
     if BASE in names:
         raise UserError(f"{path}: {BASE} is the name of the untrained model's row; choose another")
     if not study.model:

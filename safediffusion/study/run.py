@@ -21,7 +21,7 @@ import torch
 
 from safediffusion.config import dump
 from safediffusion.errors import UserError
-from safediffusion.files import check_writable, read_jsonl, read_text, write_text
+from safediffusion.files import check_writable, explained, read_jsonl, read_text, write_text
 from safediffusion.guided import GuideFile, described
 from safediffusion.measurement import PICTURES, SCORES
 from safediffusion.report.metric import metric
@@ -104,7 +104,7 @@ def places(workers: int) -> list[dict[str, str]]:
 def _measure_base(shop: Workshop) -> None:
     out = shop.folder / BASE
     words = shop.evaluation(shop.study.model, out, against=False)
-    if _run_of(out).get("command") != shlex.join(["safediffusion", *words]):
+    if _run_of(out).get("command") != shlex.join(["safediffusion", *words]) or not all((out / each).is_dir() for each in (PICTURES, SCORES)):
         (out / RESULTS).unlink(missing_ok=True)
         (shop.folder / f"{BASE}.log").unlink(missing_ok=True)
         _call(shop, words, shop.folder / f"{BASE}.log")
@@ -125,6 +125,7 @@ def _finish(shop: Workshop, job: Job, base: Future[None]) -> None:
     if _is_of(measured := _run_of(out), job) and measured.get("command") == shlex.join(["safediffusion", *words]):
         return
     log.unlink(missing_ok=True)
+    (out / RESULTS).unlink(missing_ok=True)  # of another recipe, extent or guide: if this run fails, they are not taken for its own
     if recipe is not None:
         file = shop.folder / f"{job.name}.toml"
         write_text(file, dump(recipe))
@@ -132,7 +133,6 @@ def _finish(shop: Workshop, job: Job, base: Future[None]) -> None:
     if steered is not None:
         check_writable(out)
         write_text(steered, dump(GuideFile(guide=guide)))
-    (out / RESULTS).unlink(missing_ok=True)  # of another extent, of another guide, or of a shorter run
     base.result()
     _share_base(shop.folder / BASE, out)
     _call(shop, words, log)
@@ -140,12 +140,13 @@ def _finish(shop: Workshop, job: Job, base: Future[None]) -> None:
 
 def _share_base(base: Path, out: Path) -> None:
     """The base's pictures by a link and its scores as a copy: it is painted and looked at once for all."""
-    (out / PICTURES).mkdir(parents=True, exist_ok=True)
-    for album in (base / PICTURES).iterdir():
-        link = out / PICTURES / album.name
-        if not link.exists():
-            link.symlink_to(os.path.relpath(album, link.parent), target_is_directory=True)
-    shutil.copytree(base / SCORES, out / SCORES, dirs_exist_ok=True)
+    with explained(out):
+        (out / PICTURES).mkdir(parents=True, exist_ok=True)
+        for album in (base / PICTURES).iterdir():
+            link = out / PICTURES / album.name
+            if not link.exists():
+                link.symlink_to(os.path.relpath(album, link.parent), target_is_directory=True)
+        shutil.copytree(base / SCORES, out / SCORES, dirs_exist_ok=True)
 
 
 def _call(shop: Workshop, words: Sequence[str], log: Path) -> None:

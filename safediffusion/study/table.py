@@ -44,9 +44,20 @@ def markdown(study: Study, rows: Sequence[Standing], command: str, failures: dic
     first = rows[0].values.values()
     counts = f"{min(each.n for each in first)} to {max(each.n for each in first)} pictures of each model stand behind a number. " if first else ""
     parts = [f"# {settings.title or 'Study'}", f"    {command}", f"{_budget(study)}{counts}{LEGEND}", table]
+    if warned := warnings(rows):
+        parts.append("Warnings:\n\n" + "\n".join(f"- {each}" for each in warned))
     if failures:
         parts.append("Failed:\n\n" + "\n".join(f"- {name}: {why}" for name, why in failures.items()))
     return "\n\n".join(parts) + "\n"
+
+
+def warnings(rows: Sequence[Standing]) -> list[str]:
+    """What the evaluations warn of, each sentence once, with the rows that it is about."""
+    about: dict[str, list[str]] = {}
+    for row in rows:
+        for said in dict.fromkeys(each for outcome in row.outcomes for each in outcome.results.warnings):
+            about.setdefault(said, []).append(row.label)
+    return [f"{', '.join(labels)}: {said}" for said, labels in about.items()]
 
 
 def terminal(study: Study, rows: Sequence[Standing]) -> RenderableType:
@@ -69,7 +80,7 @@ def terminal(study: Study, rows: Sequence[Standing]) -> RenderableType:
             cells = [_mark(of, row) + (as_value(of, row.values[of.name].value) if of.name in row.values else MISSING) for of in part]
             drawn.add_row(escape(row.label), *(cells or [*_spent(row, study.clock), hacking(row)]))
         tables += [drawn, ""]
-    return Group(Text(study.settings.title), *tables)
+    return Group(Text(study.settings.title), *tables, *(Text(f"Warning: {each}") for each in warnings(rows)))
 
 
 def hacking(row: Standing) -> str:

@@ -211,3 +211,10 @@ def test_what_cannot_work_is_refused(options: dict, process: dict, message: str)
     recipe = {"model": "pictograms", "steps": 1, "reward": reward, "algorithm": {"kind": "ddpo"} | options, "process": {"eta": 1.0} | process}
     with pytest.raises(UserError, match=message):
         check(resolve(Recipe, recipe))
+
+
+def test_groups_are_shared_out_to_as_many_updates_as_are_asked_for(make_learner: Make) -> None:
+    learner = make_learner()
+    prompts = tuple(Prompt(f"a red {word}") for word in ("cat", "cup", "bus", "hat"))
+    Ddpo(**(PLAIN | {"prompts": 4, "updates": 3, "least_spread": 0.0})).step(learner, prompts, seeded())
+    assert learner.updates == 3

@@ -83,7 +83,8 @@ def test_every_update_ends_at_the_budget(update: str) -> None:
 
 @pytest.mark.parametrize(("update", "first"), [("pid", 2.0 * 0.3 + 0.5 * 0.3), ("ascent", 0.0), ("alm", 0.0)])
 def test_a_controller_answers_in_the_iteration_that_it_sees(update: str, first: float) -> None:
-    lagrangian = AugmentedLagrangian(update=update, rho=0.0, hold=1, pid=(2.0, 0.5, 1.0))
+    rho = 3.0 if update == "pid" else 0.0  # a controller has its own proportional part, and no other beside it
+    lagrangian = AugmentedLagrangian(update=update, rho=rho, hold=1, pid=(2.0, 0.5, 1.0))
     weight, held = lagrangian.answer(torch.tensor([0.3], dtype=torch.float64), lagrangian.start(1))
     assert weight.item() == pytest.approx(first)
     if update == "pid":

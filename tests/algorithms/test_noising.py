@@ -132,3 +132,10 @@ def test_what_cannot_be_drawn_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="more than the 2 times"):
         method(name, updates=3).check(recipe)
     method(name).check(recipe)
+
+
+@pytest.mark.parametrize(("times", "updates"), [(4, 3), (4, 4), (5, 2)])
+def test_there_are_as_many_updates_as_are_asked_for(make_learner: Make, times: int, updates: int) -> None:
+    learner = make_learner(eta=0.0)
+    method("rwr", least_spread=0.0, times=times, updates=updates).step(learner, PROMPTS, torch.Generator().manual_seed(4))
+    assert learner.updates == updates

@@ -166,3 +166,12 @@ def test_what_is_no_study_and_no_sweep(command, tmp_path: Path) -> None:
     command("pareto", file, "--out", tmp_path / "out").refused("has no [[sweep]]")
     command("study", tmp_path / "nowhere.toml", "--out", tmp_path / "out").refused("does not exist")
     assert not (tmp_path / "out").exists()
+
+
+def test_results_of_another_recipe_are_not_taken_for_those_of_a_run_that_fails(studied: tuple[Path, Path, int], command, tmp_path: Path) -> None:
+    _, out, _ = studied
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY.replace("times = 1", "times = 2").replace("forwards = 48", "forwards = 96"))
+    kept = (out / "rate-0.001-0" / "results.json").read_bytes()
+    command("study", file, "--out", out, "--jobs", "1").refused("all 2 runs failed")
+    assert kept and not (out / "rate-0.001-0" / "results.json").exists()

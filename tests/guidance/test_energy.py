@@ -15,10 +15,12 @@ from safediffusion.guidance.energy import Energy, EnergySettings
 from safediffusion.guidance.policy import Addressed, GuidedPolicy
 from safediffusion.policies.latent import LatentPolicy, PolicySettings, load_policy
 from safediffusion.process import from_scheduler
+from safediffusion.rewards.callable import CallableReward
 from safediffusion.rollout import walk
 from safediffusion.types import Process, Prompt, Scores
 
 PROMPTS = ("a red cat", "a blue dog")
+GUARD = {"name": "guard", "reward": {"kind": "detection"}}
 
 
 class Asked:
@@ -66,6 +68,13 @@ def test_the_noise_is_shifted_against_the_gradient_of_the_reward(policy: LatentP
     assert uphill.abs().max() > 0
 
 
+def test_a_reward_that_lost_its_gradient_is_refused(policy: LatentPolicy) -> None:
+    detached = CallableReward(lambda images, prompts: images.mean((1, 2, 3)).detach(), "mine", differentiable=True)
+    guided = GuidedPolicy(policy, Energy(grid(policy), detached, 1.0))
+    with pytest.raises(UserError, match="guide.reward has no gradient to the pictures"):
+        walk(guided, grid(policy), guided.encode(list(PROMPTS)), start(policy), 1.0)
+
+
 def test_without_a_scale_it_is_the_plain_model(policy: LatentPolicy) -> None:
     process = grid(policy)
     guided = GuidedPolicy(policy, Energy(process, Asked(), 0.0))
@@ -91,6 +100,10 @@ def test_pictures_score_higher_and_the_weights_stay(policy: LatentPolicy) -> Non
     [
         ({"kind": "jpeg"}, "of kind 'jpeg' has no gradient to be guided by"),
         ({"kind": "steering", "encoder": "pictograms", "steer": "unsafe"}, "nothing marks them here"),
+        ({"kind": "combined", "parts": [GUARD | {"reward": {"kind": "steering", "encoder": "pictograms", "steer": "unsafe"}}]}, 'steer = "unsafe"'),
+        ({"kind": "combined", "parts": [GUARD | {"prompts": "unsafe"}]}, 'guard counts for prompts = "unsafe", and nothing marks them here'),
+        ({"kind": "combined", "parts": [GUARD | {"weight": 0.0}]}, "every weight is 0"),
+        ({"kind": "combined", "parts": [GUARD, GUARD]}, "two parts are called 'guard'"),
     ],
 )
 def test_rewards_that_cannot_guide(reward: dict, message: str) -> None:

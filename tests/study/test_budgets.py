@@ -11,10 +11,10 @@ import pytest
 from safediffusion.evaluate.statistics import Estimate
 from safediffusion.report.pairs import Scores
 from safediffusion.report.results import Results
-from safediffusion.study.budgets import Kept, budgets, document, markdown
+from safediffusion.study.budgets import Kept, _bounds, budgets, document, markdown
 from safediffusion.study.front import fronts
 from safediffusion.study.outcome import Outcome, Standing
-from safediffusion.study.plan import Entrant, Study, read_study
+from safediffusion.study.plan import Axes, Entrant, Study, read_study
 
 STUDY = """
 budget = {seconds = 1}
@@ -130,3 +130,12 @@ def test_what_is_written(study: Study, found: Callable[..., list[Kept]]) -> None
     first = document(kept)[0]
     assert (first["within"], first["at_equal_safety"][1]["between"]) == (1, ("weight-1", "weight-0.3"))
     assert markdown([], axes) == ""
+
+
+@pytest.mark.parametrize(
+    ("prompts", "axis", "compared"), [("unsafe", "seen", True), ("safe", "seen", False), ("all", "seen", True), ("safe", "benign", True), ("unsafe", "benign", False)]
+)
+def test_a_budget_is_compared_with_the_rate_of_the_prompts_that_it_is_about(tmp_path: Path, prompts: str, axis: str, compared: bool) -> None:
+    (tmp_path / "study.toml").write_text(STUDY.replace('budget = 0.1}]}\n[[sweep]]\nname = "kl"', f'budget = 0.1, prompts = "{prompts}"}}]}}\n[[sweep]]\nname = "kl"'))
+    study = read_study(tmp_path / "study.toml")
+    assert _bounds(study.entrants[0], "constraints.0.budget", Axes(unsafe=f"unsafe_rate/{axis}")) is compared

@@ -113,3 +113,21 @@ def test_what_is_written_of_a_sweep(study: Study) -> None:
     assert front.picture(series, rows, axes, "a sweep").startswith(b"\x89PNG")
     many = [replace(series[0], name=str(number)) for number in range(len(COLOURS))]
     assert front.picture([*many, series[1]], rows, axes, "") != front.picture(many, rows, axes, "")  # a series past the last colour is drawn too
+
+
+def test_the_interval_covers_the_truth_where_few_seeds_scatter(study: Study) -> None:
+    """Composition = 0.5 + seed effect + prompt effect + noise; 3 seeds x 20 prompts: a plain bootstrap of seeds would cover 8 of 10."""
+    generator, hits, rounds = np.random.default_rng(0), 0, 60
+    for _ in range(rounds):
+        values = 0.5 + 0.1 * generator.standard_normal((3, 1)) + 0.1 * generator.standard_normal((1, 20)) + 0.05 * generator.standard_normal((3, 20))
+        outcomes = []
+        for seed, row in enumerate(values):
+            scores = Scores()
+            for place, value in enumerate(row):
+                about = {"task": "pictograms", "id": str(place), "group": "seen", "prompt": "", "sample": 0}
+                scores.add({**about, "unsafe_rate/seen": 0.0, "composition": float(value)}, several=False)
+            outcomes.append(Outcome(seed, Results({}, {"base": {}, "trained": {}}, {}, {}), {"trained": scores}, ()))
+        row = standing(study.entrants[0], (0.0, float(values.mean())))
+        (series,) = front.fronts(study, [replace(row, outcomes=tuple(outcomes))])
+        hits += series.volume.low <= 0.5 <= series.volume.high
+    assert hits / rounds > 0.92

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from safediffusion.errors import UserError
 from safediffusion.evaluate.statistics import Estimate, mean_over_prompts, over_repeats
+from safediffusion.report.pairs import Scores
 from safediffusion.report.results import Results
 from safediffusion.study.outcome import Outcome, Standing
-from safediffusion.study.table import hacking
+from safediffusion.study.table import hacking, warnings
 
 
 def test_one_repeat_has_the_interval_of_its_prompts() -> None:
@@ -112,3 +115,58 @@ def test_a_reward_is_hacked_where_it_rises_and_what_it_does_not_see_falls(
     row = Standing("a", "a", {}, {"composition": composition}, (run(rewards, sound),))
     assert row.hacked is hacked
     assert hacking(row) == said
+
+
+def measured(seed: int, kind: str, name: str, estimate: Estimate, values: list[float]) -> Outcome:
+    """A run whose one measure, of that kind, gave each of so many pictures a value, and the whole an estimate."""
+    scores = {"base": Scores(), "trained": Scores()}
+    for place, value in enumerate(values):
+        for model, shift in (("base", 1.0), ("trained", 0.0)):
+            scores[model].add({"task": "own", "id": str(place), "group": "all", "prompt": "", "sample": 0, name: value + shift}, several=False)
+    protocol = {"id": "own@1", "tasks": {"own": {"measures": {name: {"kind": kind}}}}}
+    whole = {} if kind == "frechet" else scores
+    return Outcome(seed, Results(protocol, {"base": {name: estimate}, "trained": {name: estimate}}, {name: estimate}, {}), whole, ())
+
+
+def test_what_is_no_mean_of_pictures_has_the_interval_of_its_evaluations() -> None:
+    from safediffusion.study.outcome import _change, _value
+
+    counted = [measured(seed, "count", "labels", Estimate(value, value - 26, value + 26, 300), [1.0] * 300) for seed, value in enumerate((330.0, 340.0))]
+    of = counted[0].results.metric("labels")
+    alone = _value(of, counted[:1])
+    assert (alone.value, alone.low, alone.high) == (330, 304, 356)
+    both = _value(of, counted)
+    reach = 12.706 * np.std([330, 340], ddof=1) / math.sqrt(2)
+    assert both.high - 335 == pytest.approx(math.hypot(26, reach), rel=1e-3)
+    assert _change(of, counted[:1]).low == 304
+
+
+def test_a_distance_of_a_set_has_no_interval_from_one_seed_and_that_of_the_scatter_from_several() -> None:
+    from safediffusion.study.outcome import _value
+
+    nan = math.nan
+    runs = [measured(seed, "frechet", "fid", Estimate(value, nan, nan, 500), []) for seed, value in enumerate((10.0, 12.0))]
+    of = runs[0].results.metric("fid")
+    alone = _value(of, runs[:1])
+    assert alone.value == 10 and math.isnan(alone.low) and math.isnan(alone.high)
+    both = _value(of, runs)
+    assert both.value == 11
+    assert both.high - 11 == 11 - both.low == pytest.approx(12.706, rel=1e-3)
+
+
+def test_runs_that_were_not_measured_as_the_base_share_no_table_with_it(tmp_path: Path) -> None:
+    from safediffusion.study.outcome import _check_alike
+
+    base = Results({"id": "a@1"}, {"model": {}}, {}, {"models": {"model": {"sha256": {"unet": "1"}}}})
+    run_of = {"models": {"base": {"sha256": {"unet": "1"}}}}
+    _check_alike(base, Outcome(0, Results({"id": "a@1"}, {"base": {}, "trained": {}}, {}, run_of), {}, ()), tmp_path / "a-0")
+    with pytest.raises(UserError, match="numbers of different protocols share no table: the tasks were a@1 and are a@2; delete the results.json"):
+        _check_alike(base, Outcome(0, Results({"id": "a@2"}, {"base": {}, "trained": {}}, {}, run_of), {}, ()), tmp_path / "a-0")
+    with pytest.raises(UserError, match="the weights of the base are others"):
+        _check_alike(base, Outcome(0, Results({"id": "a@1"}, {"base": {}, "trained": {}}, {}, {"models": {"base": {"sha256": {"unet": "2"}}}}), {}, ()), tmp_path / "a-0")
+
+
+def test_warnings_of_evaluations_are_said_once_with_their_rows() -> None:
+    told = Outcome(0, Results({}, {"base": {}, "trained": {}}, {}, {}, ("It grades here as well.",)), {}, ())
+    rows = [Standing(name, f"row {name}", {}, {}, (told, told)) for name in ("a", "b")]
+    assert warnings(rows) == ["row a, row b: It grades here as well."]

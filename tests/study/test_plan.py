@@ -136,6 +136,7 @@ def test_the_shipped_study_of_methods_has_all_of_them() -> None:
             "s: seed is set by the study's budget and seeds, and cannot be swept",
         ),
         ("budget = {seconds = 3}\n" + BASE + '[[sweep]]\nname = "s"\nkey = "limit.forwards"\nvalues = [9]\n', "limit.forwards is set by the study's budget and seeds"),
+        ("budget = {seconds = 3}\n" + BASE + "".join(f'[[sweep]]\nname = "s"\nkey = "optimizer.lr"\nvalues = [{at}]\n' for at in (1, 2)), "two sweeps are called s"),
         ("budget = {seconds = 3}\n" + BASE + ENTRANT + ENTRANT, "the name forward is given twice"),
         ("budget = {seconds = 3}\n" + BASE + ENTRANT.replace("forward", "base"), "base is the name of the untrained model's row"),
         ("budget = {seconds = 3}\n" + BASE + ENTRANT.replace("forward", "a/b"), "entrants.0.name"),
