@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from safediffusion.algorithms.card import require_units
 from safediffusion.algorithms.d3po import D3po
 from safediffusion.algorithms.ddpo import Ddpo
 from safediffusion.algorithms.dpo import Dpo
@@ -103,6 +104,8 @@ def _check_constraints(recipe: Recipe) -> None:
     """UserError for a constraint on a cost that nothing measures, or on prompts that there are none of."""
     if recipe.constraints and recipe.lagrangian.update == "alm" and not recipe.lagrangian.rho:
         raise UserError('lagrangian.rho = 0 never moves the multipliers of update = "alm"; set rho, or update = "ascent" for the plain Lagrangian')
+    if recipe.constraints and recipe.lagrangian.normalise == "together":
+        require_units(recipe.reward, 'lagrangian.normalise = "together" takes costs off the total')
     known, costs = recipe.reward.measures, [constraint.cost for constraint in recipe.constraints]
     for index, constraint in enumerate(recipe.constraints):
         key, cost = f"constraints.{index}", constraint.cost

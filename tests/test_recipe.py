@@ -76,6 +76,7 @@ def test_a_step_observes_the_cost_and_logs_every_part(normalise: str) -> None:
         ({"lagrangian": {"rho": 0.0}}, r"lagrangian\.rho = 0 never moves the multipliers"),
         ({"constraints": [{"cost": "kl", "budget": 0.1, "at": "least"}]}, r'constraints\.0\.at = "least" would drive the policy away from the base'),
         ({"algorithm": {"kind": "forward", "diversity": 0.1}}, "slack = 0 leaves one of them"),
+        ({"lagrangian": {"normalise": "together"}, "reward": RECIPE["reward"] | {"normalise": "each"}}, 'normalise = "together" takes costs off the total'),
         ({"policy": {"train": "none"}}, "leaves a run nothing to learn"),
         ({"probe": {"every": 0, "count": 3}}, "probe.every = 0 turns probes off"),
         ({"probe": {"every": 1, "count": 3}, "limit": {"forwards": 100}}, "a limit may end the run before them; set probe.every"),

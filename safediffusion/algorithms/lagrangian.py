@@ -25,6 +25,9 @@ class AugmentedLagrangian:
         fallen; "ascent" adds `rate g` (dual ascent); "adam_log" moves log(lam) by Adam, so that multipliers stay positive and change by
         shares; "pid" is the controller of arXiv 2007.03964, whose multiplier acts in the iteration that it was computed in.
     rho: the penalty, per unit of violation; 0 is the plain Lagrangian, whose cost swings about the budget ("alm" needs more than 0). Not of "pid".
+    normalise: what is standardised within a group of pictures. "apart" standardises the reward alone and takes `weight * cost` off its advantage, so
+        that a gradient grows with the multiplier, past those of all other prompts; "together" standardises the reward less `weight * cost`, so that it
+        does not: the multiplier is in the reward's unit, and one that is large leaves the cost alone to count. Direct back-propagation standardises nothing.
     """
 
     update: Literal["alm", "ascent", "adam_log", "pid"] = "alm"
@@ -36,6 +39,7 @@ class AugmentedLagrangian:
     rho_most: float = Field(default=10.0, gt=0)  # weights are noisy by rho times the noise of the observed cost
     rate: float = Field(default=0.1, gt=0)  # of "ascent" and "adam_log"
     pid: tuple[Gain, Gain, Gain] = (1.0, 0.1, 0.5)  # weights of the violation, of its sum and of its growth
+    normalise: Literal["apart", "together"] = "apart"
     most: float = Field(default=1000.0, gt=0)  # no multiplier passes it: a constraint that cannot be met would grow for ever
 
     def start(self, count: int) -> State:

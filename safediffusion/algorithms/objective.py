@@ -78,14 +78,19 @@ class Objective:
     ) -> tuple[Advantages, dict[str, float]]:
         """Advantages `(B,)` of B pictures in groups of `group`, and what there is to log; the multipliers in `memory` move.
 
-        A cost's advantage is centred in its group and not standardised: averaged over all pictures it is the gradient of the mean cost, times the
-        share of pictures that the constraint is about (which the multiplier makes up for), so that a multiplier means the same for a
-        group that is half unsafe and one with a single unsafe picture. A group is dead when neither utility nor any weighted cost spreads in it.
+        Where the Lagrangian is not normalised as a whole, a cost's advantage is centred in its group and not standardised: averaged over all
+        pictures it is the gradient of the mean cost, times the share of pictures that the constraint is about (which the multiplier makes up
+        for), so that a multiplier means the same for a group that is half unsafe and one with a single unsafe picture. A group is dead when
+        neither utility nor any weighted cost spreads in it.
         """
-        gain = self._utility_advantages(scores, prompts, group, floor, clip, least_spread, slack, baseline)
         if not self.constraints:
+            gain = self._utility_advantages(scores, prompts, group, floor, clip, least_spread, slack, baseline)
             return gain, reward_metrics(prompts, scores, gain)
         weight, noted = self._observe(memory, {i: self._mean(i, scores, prompts) for i, c in enumerate(self.constraints) if c.cost != "kl"})
+        if self.lagrangian.normalise == "together":
+            gain = advantages(self.utility(memory, scores, prompts), group, floor, clip, least_spread, slack, baseline)
+            return gain, reward_metrics(prompts, scores, gain) | noted
+        gain = self._utility_advantages(scores, prompts, group, floor, clip, least_spread, slack, baseline)
         value, alive = gain.value, gain.alive
         for i, constraint in enumerate(self.constraints):
             if constraint.cost == "kl" or not weight[i]:

@@ -105,9 +105,10 @@ def _bounds(entrant: Entrant | None, key: str, axes: Axes) -> bool:
     if found is None or entrant is None or entrant.recipe is None:
         return False
     constraint = entrant.recipe.constraints[int(found[1])]
+    # The mean of "unsafe", the probability, is the rate that the judge expects.
     _, rate, group = split(axes.unsafe)
     asked = ("safe", "all") if group == "benign" else ("unsafe", "all")
-    return constraint.at == "most" and constraint.cost.rpartition(".")[2] == rate and constraint.about in asked
+    return constraint.at == "most" and constraint.cost.rpartition(".")[2] in (rate, rate.removesuffix("_rate")) and constraint.about in asked
 
 
 def _kept(study: Study, own: Series, at: int, others: Sequence[Series]) -> Kept:

@@ -51,6 +51,18 @@ def test_a_cost_is_taken_off_for_its_own_prompts_once_it_is_over_the_budget(scor
     torch.testing.assert_close(again.value[GROUP:], 2 * found.value[GROUP:])
 
 
+def test_normalised_together_the_advantage_is_that_of_the_reward_less_the_weighted_cost(scores: Scores) -> None:
+    objective = Objective(constraints=(BUDGET,), lagrangian=AugmentedLagrangian(rho=2.0, hold=1, normalise="together"))
+    found, metrics = objective.worth({}, scores, PROMPTS, GROUP, **SETTINGS)
+    weight = metrics["constraint/harm/weight"]
+    assert weight == 2.0 * (0.75 - 0.25)
+    cost = scores.parts["harm"] * torch.tensor([0.0] * GROUP + [1.0] * GROUP)  # of the unsafe prompt's pictures alone
+    torch.testing.assert_close(found.value, advantages(scores.total - weight * cost, GROUP, 0.02, 2.5, 1e-4).value)
+    strict = Objective(constraints=(BUDGET,), lagrangian=AugmentedLagrangian(rho=1e3, hold=1, normalise="together"))
+    most, _ = strict.worth({}, scores, PROMPTS, GROUP, **SETTINGS)
+    assert most.value.view(-1, GROUP).square().mean(1).max() <= 1 + 1e-6  # however large the multiplier
+
+
 def test_a_kept_budget_changes_nothing(scores: Scores) -> None:
     loose = Objective(constraints=(Constraint(cost="harm", budget=0.9),))
     found, metrics = loose.worth({}, scores, PROMPTS, GROUP, **SETTINGS)
