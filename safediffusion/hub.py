@@ -25,6 +25,7 @@ _WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetens
 _UNWANTED = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.non_ema.safetensors", "safety_checker/*", "text_encoders/*", "vae_1_0/*"]
 INSTEAD = "give a local folder that holds the model instead"
 _SETTLED = 3 * 10**9  # nanoseconds: the coarsest clocks of file systems count two seconds
+_ORIGIN = ("_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version")  # in a configuration: who wrote it, and from where
 _WEIGHT_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
 
 
@@ -141,12 +142,23 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
-    """Which model this is, for protocol records: the pipeline class, and the sha256 of each weight file by its path."""
+    """Which model this is, for protocol records: the pipeline class, the sha256 of each weight file by its path, and one of all settings that decide a
+    picture: schedule, configurations and tokenizers, without what only says where they come from."""
     files = sorted(path for part in _WEIGHT_FOLDERS for path in (folder / part).glob("*.safetensors"))
     return {
         "pipeline": read_index(folder)["_class_name"],
         "sha256": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+        "settings": hashlib.sha256("\n".join(_settings(folder)).encode()).hexdigest(),
     }
+
+
+def _settings(folder: Path) -> Iterator[str]:
+    for part in (*_WEIGHT_FOLDERS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"):
+        for path in sorted(each for each in (folder / part).glob("*") if each.suffix in (".json", ".txt", ".model") and not each.name.endswith(".index.json")):
+            told = sha256(path)
+            if path.suffix == ".json" and isinstance(table := json.loads(path.read_text(encoding="utf-8")), dict):
+                told = json.dumps({key: value for key, value in table.items() if key not in _ORIGIN}, sort_keys=True)
+            yield f"{part}/{path.name} {told}"
 
 
 def _is_hub_id(name: str) -> bool:

@@ -203,3 +203,16 @@ def test_index_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(UserError, match="model_index"):
         read_index(tmp_path)
+
+
+def test_another_schedule_is_another_model_and_another_origin_is_not(tiny_pipeline: Path, tmp_path: Path) -> None:
+    description = describe_model(tiny_pipeline)
+    other = Path(shutil.copytree(tiny_pipeline, tmp_path / "other"))
+    network = other / "unet" / "config.json"
+    network.write_text(json.dumps(json.loads(network.read_text()) | {"_name_or_path": "elsewhere", "_diffusers_version": "9.9.9"}))
+    assert describe_model(other) == description
+    schedule = other / "scheduler" / "scheduler_config.json"
+    table = json.loads(schedule.read_text())
+    schedule.write_text(json.dumps(table | {"beta_end": table["beta_end"] / 2}))
+    changed = describe_model(other)
+    assert changed["sha256"] == description["sha256"] and changed["settings"] != description["settings"]

@@ -90,37 +90,47 @@ def fid(features_a: ArrayLike, features_b: ArrayLike) -> float:
     return frechet(moments(features_a), moments(features_b))
 
 
-def fid_interval(features: ArrayLike, reference: Moments, per_prompt: int = 1, groups: int = 20) -> Estimate:
+def fid_interval(features: ArrayLike, reference: Moments, of_prompt: ArrayLike | None = None, groups: int = 20) -> Estimate:
     """FID of features `(N, D)` against a fixed reference, with the 95 % interval of a jackknife over groups of prompts.
 
-    The rows of one prompt lie together, `per_prompt` of them. A bootstrap would not do: it repeats pictures, which raises FID
+    `of_prompt` (N,) counts the prompts of the rows from 0; left out, each is of its own. A bootstrap would not do: it repeats pictures, which raises FID
     as fewer pictures do, and with as few pictures as dimensions its interval misses the value itself; there this one is too
     wide instead. It is about the mean FID of N such pictures, so the bias at small N stays in it. Raises UserError for one prompt.
     """
-    from scipy.stats import t
-
     features = np.asarray(features)
-    of_prompt = np.arange(len(features)) // per_prompt
-    groups = min(groups, len(np.unique(of_prompt)))
-    if groups < 2:
-        raise UserError("the interval of a FID needs pictures of at least 2 prompts")
+    of_group, groups = _grouped(len(features), of_prompt, groups)
 
     def part(group: int) -> Moments:  # made anew each time: twenty covariances of 2048 x 2048 would take 640 MiB
-        return moments(features[of_prompt % groups == group])
+        return moments(features[of_group == group])
 
     whole = merged(part(group) for group in range(groups))
     value = frechet(whole, reference)
     root = _root(reference.covariance)
     without = np.array([_distance(_joined(whole, part(group), -1), reference, root) for group in range(groups)])
-    error = math.sqrt((groups - 1) * without.var())
-    reach = error * float(t.ppf((1 + CONFIDENCE) / 2, groups - 1))
+    reach = _jackknifed(without)
     return Estimate(value, max(0.0, value - reach), value + reach, len(features))
+
+
+def _grouped(count: int, of_prompt: ArrayLike | None, groups: int) -> tuple[NDArray[np.int64], int]:
+    """A group for each of `count` rows, all of a prompt in one, and how many there are. Raises UserError for one prompt."""
+    prompts, place = np.unique(np.arange(count) if of_prompt is None else np.asarray(of_prompt), return_inverse=True)
+    groups = min(groups, len(prompts))
+    if groups < 2:
+        raise UserError("the interval of a FID needs pictures of at least 2 prompts")
+    return place % groups, groups
+
+
+def _jackknifed(without: Array) -> float:
+    """Half the 95 % interval, from the values without each group."""
+    from scipy.stats import t
+
+    return math.sqrt((len(without) - 1) * without.var()) * float(t.ppf((1 + CONFIDENCE) / 2, len(without) - 1))
 
 
 def kid(features_a: ArrayLike, features_b: ArrayLike, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Mean and standard deviation over subsets of the unbiased squared MMD with the kernel (x.y / D + 1)^3; slightly below 0 is no fault.
 
-    The deviation says how much `subset_size` pictures scatter; it is no standard error of the mean, whose subsets overlap.
+    The deviation says how much `subset_size` pictures scatter; it is no standard error of the mean, whose subsets overlap: `kid_reach` has that.
     Raises UserError for fewer pictures than `subset_size`. At one seed the subsets are torch-fidelity's.
     """
     features_a, features_b = np.asarray(features_a), np.asarray(features_b)
@@ -137,15 +147,35 @@ def kid(features_a: ArrayLike, features_b: ArrayLike, subsets: int = 100, subset
     return float(np.mean(values)), float(np.std(values))
 
 
+def kid_reach(features: ArrayLike, reference: ArrayLike, of_prompt: ArrayLike | None = None, groups: int = 20) -> float:
+    """Half the 95 % interval of a KID of features `(N, D)` against fixed reference features, by a jackknife over groups of prompts as in `fid_interval`.
+
+    Of the squared MMD over all pictures: leaving a group out takes its rows and columns off the sums of the kernel, which are made once.
+    """
+    features, reference = _checked(features), _checked(reference)
+    of_group, groups = _grouped(len(features), of_prompt, groups)
+    member = np.eye(groups)[of_group]  # (N, G)
+    own, other, alone = np.zeros((groups, groups)), np.zeros(groups), np.zeros(groups)
+    for start in range(0, len(features), ROWS_AT_ONCE):
+        rows, mine = features[start : start + ROWS_AT_ONCE], member[start : start + ROWS_AT_ONCE]
+        own += mine.T @ _kernel(rows, features) @ member
+        other += mine.T @ _kernel(rows, reference).mean(axis=1)
+        alone += mine.T @ (np.square(rows).sum(axis=1) / rows.shape[1] + 1) ** 3  # of a picture with itself
+    counts = member.sum(axis=0)
+    left = len(features) - counts
+    within = own.sum() - alone.sum() - own.sum(axis=0) - own.sum(axis=1) + own.diagonal() + alone
+    return _jackknifed(within / (left * (left - 1)) - 2 * (other.sum() - other) / left)
+
+
+def _kernel(x: Array, y: Array) -> Array:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
 def _mmd(a: Array, b: Array) -> float:
     """Unbiased: the pairs of a picture with itself are left out (arXiv 1801.01401)."""
     pairs = len(a) * (len(a) - 1)
-
-    def kernel(x: Array, y: Array) -> Array:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    within = sum(float(own.sum() - np.trace(own)) for own in (kernel(a, a), kernel(b, b)))
-    return within / pairs - 2 * float(kernel(a, b).mean())
+    within = sum(float(own.sum() - np.trace(own)) for own in (_kernel(a, a), _kernel(b, b)))
+    return within / pairs - 2 * float(_kernel(a, b).mean())
 
 
 def _block(features: ArrayLike) -> Moments:

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from safediffusion.errors import UserError
 from safediffusion.evaluate import pictograms
-from safediffusion.evaluate.frechet import fid_interval, kid, load_moments, moments
+from safediffusion.evaluate.frechet import fid_interval, kid, kid_reach, load_moments, moments
+from safediffusion.evaluate.paired import paired_change
 from safediffusion.evaluate.rows import Row, located
 from safediffusion.evaluate.scoring import Columns
-from safediffusion.evaluate.statistics import Estimate, clustered_rate, expected_maximum, mean_over_prompts, mean_over_strata, paired_change, total
+from safediffusion.evaluate.statistics import Estimate, clustered_rate, expected_maximum, mean_over_prompts, mean_over_strata, sum_over_prompts
 from safediffusion.evaluate.task import Count, Flag, Frechet, Geneval, Likeness, Measure, Rate, Score, Task
 
 Array = NDArray[np.float64]
@@ -48,7 +49,9 @@ class Seen:
             return self
         places = [place for place, row in enumerate(self.rows) if row.group in groups]
         every = [place * self.samples + k for place in places for k in range(self.samples)]
-        columns = {name: {column: _at(values, every) for column, values in said.items()} for name, said in self.columns.items()}
+        # Of the rows' own pictures, which a distance is from, there is one each.
+        taken = {name: places if name.endswith("/reference") else every for name in self.columns}
+        columns = {name: {column: _at(values, taken[name]) for column, values in said.items()} for name, said in self.columns.items()}
         return Seen(tuple(self.rows[place] for place in places), self.samples, columns, tuple(self.places[place] for place in places))
 
     def where(self, holds: Callable[[Row], bool]) -> tuple[int, ...]:
@@ -73,8 +76,9 @@ class Values:
         if self.statistic == "maximum":
             mean, deviation = expected_maximum(self.values, self.draws, seed=seed)
             return Estimate(mean, mean - 1.96 * deviation, mean + 1.96 * deviation, int((~np.isnan(self.values)).sum()))
-        found = mean_over_prompts(self.values, seed) if self.strata is None else mean_over_strata(self.values, self.strata, seed)
-        return total(found) if self.statistic == "sum" else found
+        if self.statistic == "sum":
+            return sum_over_prompts(self.values, seed)
+        return mean_over_prompts(self.values, seed) if self.strata is None else mean_over_strata(self.values, self.strata, seed)
 
     def change(self, base: Values, seed: int = 0) -> Estimate | None:
         """From `base`, on the same rows and seeds; None where there is no such thing."""
@@ -82,8 +86,7 @@ class Values:
             return None
         if self.strata is not None:
             return mean_over_strata(self.values - base.values, self.strata, seed)
-        found = paired_change(base.values, self.values, seed)
-        return total(found) if self.statistic == "sum" else found
+        return sum_over_prompts(self.values - base.values, seed) if self.statistic == "sum" else paired_change(base.values, self.values, seed)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,10 @@ def measured(task: Task, seen: Seen, base: Seen | None) -> dict[str, Values | Di
     """Every measure of a task by its name in results.json; `drift` needs `base`."""
     found: dict[str, Values | Distance] = {}
     for name, measure in task.measures.items():
-        found |= _by_kind(name, measure, seen, base)
+        more = _by_kind(name, measure, seen, base)
+        if twice := next((each for each in more if each in found), None):
+            raise UserError(f"{task.name}: measures.{name} gives {twice!r}, which another measure gives as well; leave one of them out")
+        found |= more
     return found
 
 
@@ -183,34 +189,37 @@ def _likeness(name: str, measure: Likeness, seen: Seen, base: Seen | None) -> di
 def retention(image: Array, base: Array, neighbours: int = 10) -> Array:
     """How much of a picture's neighbourhood is kept, `(P, K)` in [0, 1]: the share of its nearest pictures of other prompts that are the same in both models.
 
-    Pictures are told by prompt and sample; nearness is the cosine of embeddings `(P, K, D)`. 1 means that what resembled a picture still does (CARE).
+    Pictures are told by prompt and sample; NaN where one of the two is missing, which is then nobody's neighbour. Nearness is the cosine of
+    embeddings `(P, K, D)`. 1 means that what resembled a picture still does (CARE).
     """
     prompts, samples, dimensions = image.shape
     own, count = np.arange(prompts * samples) // samples, min(neighbours, (prompts - 1) * samples)
     if not count:
         return np.full((prompts, samples), np.nan)
-    kept = np.empty(prompts * samples)
+    kept, missing = np.empty(prompts * samples), np.isnan(image + base).any(-1).ravel()
     for start in range(0, prompts * samples, _AT_ONCE):  # all likenesses of 50,000 pictures at once would take 20 GB
         part = slice(start, start + _AT_ONCE)
         near = []
         for flat in (embedding.reshape(-1, dimensions) for embedding in (image, base)):
             likeness = flat[part] @ flat.T
-            likeness[own[part][:, None] == own[None]] = -np.inf
+            likeness[(own[part][:, None] == own[None]) | missing[None]] = -np.inf
             near.append(np.argpartition(-likeness, count - 1, axis=1)[:, :count])
         kept[part] = [len(np.intersect1d(a, b)) / count for a, b in zip(*near, strict=True)]
+    kept[missing] = np.nan
     return kept.reshape(prompts, samples)
 
 
 def _frechet(name: str, measure: Frechet, seen: Seen) -> dict[str, Values | Distance]:
     features = seen.of(measure.instrument, "embedding").reshape(len(seen.rows) * seen.samples, -1)
-    there = features[~np.isnan(features).any(1)]
+    present = ~np.isnan(features).any(1)
+    there, of_prompt = features[present], np.repeat(np.arange(len(seen.rows)), seen.samples)[present]
     if measure.reference:
-        return {name: Distance(fid_interval(there, load_moments(located(measure.reference, name, how=measure.how))))}
+        return {name: Distance(fid_interval(there, load_moments(located(measure.reference, name, how=measure.how)), of_prompt))}
     real = np.asarray(seen.columns[f"{measure.instrument}/reference"]["embedding"])
-    found = {name: Distance(fid_interval(there, moments(real), seen.samples))}
+    found = {name: Distance(fid_interval(there, moments(real), of_prompt))}
     if min(len(there), len(real)) >= KID_SUBSET:
-        mean, deviation = kid(there, real, subset_size=KID_SUBSET)
-        found[name.replace("fid", "kid") if "fid" in name else f"{name}_kid"] = Distance(Estimate(mean, mean - 1.96 * deviation, mean + 1.96 * deviation, len(there)))
+        mean, reach = kid(there, real, subset_size=KID_SUBSET)[0], kid_reach(there, real, of_prompt)
+        found[name.replace("fid", "kid") if "fid" in name else f"{name}_kid"] = Distance(Estimate(mean, mean - reach, mean + reach, len(there)))
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from safediffusion import ranks
 from safediffusion.detectors.objects import Found, ObjectDetector
 from safediffusion.errors import UserError
-from safediffusion.evaluate.statistics import Estimate, mean_over_prompts, paired_change, rate
+from safediffusion.evaluate.statistics import Estimate, mean_over_prompts, rate
 from safediffusion.evaluate.verdict import companions, composed, kept, unsafe
 from safediffusion.policies.latent import LatentPolicy
 from safediffusion.process import from_scheduler
@@ -148,8 +148,8 @@ def estimates(marks: Marks, seed: int = 0) -> dict[str, Estimate]:
 
 
 def changes(base: Marks, trained: Marks, seed: int = 0) -> dict[str, Estimate]:
-    """Paired change (trained - base), resampling prompts; only what both have."""
-    return {name: paired_change(base[name], trained[name], seed) for name in base if name in trained}
+    """Paired change (trained - base), resampling prompts; only what both have. It is a probe's, many of which are taken: `paired_change` is an evaluation's."""
+    return {name: mean_over_prompts(trained[name] - base[name], seed) for name in base if name in trained}
 
 
 def sampler(policy: LatentPolicy) -> Process:

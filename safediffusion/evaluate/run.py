@@ -26,6 +26,7 @@ from safediffusion.evaluate.task import Frechet, Task
 from safediffusion.policies.families import find_family
 from safediffusion.policies.family import Family
 from safediffusion.policies.settings import EXACT, Held
+from safediffusion.weights import sha256
 
 SCHEMA = 1
 Advance = Callable[[str, int], None]
@@ -109,6 +110,7 @@ def _protocol(plan: Plan, instruments: Mapping[str, Instrument], extent: Extent)
     for row in plan.rows.kept:
         groups[row.group] = groups.get(row.group, 0) + 1
     told = TypeAdapter(Task).dump_python(plan.task, mode="json")
+    frechet = {name: each for name, each in plan.task.measures.items() if isinstance(each, Frechet)}
     return {
         "id": plan.task.id,
         **{name: told[name] for name in ("title", "licence", "citation", "known")},
@@ -119,6 +121,7 @@ def _protocol(plan: Plan, instruments: Mapping[str, Instrument], extent: Extent)
         **{f"painting/{name}": value for name, value in told["painting"].items()},
         **{f"painting/{name}": value for name, value in extent.held.facts.items()},
         "measures": told["measures"],
+        "references": {name: sha256(located(each.reference, name, how=each.how)) for name, each in frechet.items() if each.reference},
         "instruments": {name: dict(instruments[name].identity) for name in plan.task.instruments},
     }
 

@@ -7,7 +7,7 @@ intervals too narrow. A missing measurement is NaN and is counted out, never tak
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -64,7 +64,7 @@ def clustered_rate(values: ArrayLike) -> Estimate:
     """
     from scipy.special import ndtri, stdtrit
 
-    values = _zeros_and_ones(_by_prompt(values))
+    values = zeros_and_ones(by_prompt(values))
     counts = (~np.isnan(values)).sum(axis=1)  # (P,)
     values, counts = values[counts > 0], counts[counts > 0]
     prompts = counts.size
@@ -87,7 +87,7 @@ def mean_over_prompts(values: ArrayLike, seed: int) -> Estimate:
     For 0/1 values take `clustered_rate`: of rare successes a bootstrap covers too little (88 % of 100 prompts at a rate of .02).
     One prompt has no spread to resample: its interval is NaN rather than a point.
     """
-    values = _by_prompt(values)
+    values = by_prompt(values)
     counts = (~np.isnan(values)).sum(axis=1)  # (P,)
     measured = counts > 0
     means = np.nansum(values[measured], axis=1) / counts[measured]
@@ -100,10 +100,10 @@ def mean_over_prompts(values: ArrayLike, seed: int) -> Estimate:
 def mean_over_strata(values: ArrayLike, strata: Sequence[str], seed: int) -> Estimate:
     """Mean of the means of groups of prompts, `strata` `(P,)`, with a bootstrap over the prompts of each; `n` counts the values that are there.
 
-    A group without any value leaves nothing to say.
+    A group without any value leaves nothing to say, one of a single prompt no interval.
     """
-    values, generator = _by_prompt(values), np.random.default_rng(seed)
-    centre, spread, count = [], [], 0
+    values, generator = by_prompt(values), np.random.default_rng(seed)
+    centre, spread, sizes, count = [], [], [], 0
     for name in dict.fromkeys(strata):
         part = values[[each == name for each in strata]]
         there = ~np.isnan(part)
@@ -111,9 +111,14 @@ def mean_over_strata(values: ArrayLike, strata: Sequence[str], seed: int) -> Est
         if not len(means):
             return Estimate(np.nan, np.nan, np.nan, 0)
         centre.append(means.mean())
+        sizes.append(len(means))
         spread.append(means[generator.integers(len(means), size=(RESAMPLES, len(means)))].mean(1))
         count += int(there.sum())
+    fewest, freedom = min(sizes), sum(sizes) - len(sizes)
+    if fewest == 1:
+        return Estimate(float(np.mean(centre)), np.nan, np.nan, count)
     tail = (1 - CONFIDENCE) / 2
+    tail = _few(fewest, tail, freedom) if fewest < FEW_PROMPTS else tail
     low, high = np.quantile(np.mean(spread, axis=0), (tail, 1 - tail))
     return Estimate(float(np.mean(centre)), float(low), float(high), count)
 
@@ -139,53 +144,13 @@ def over_repeats(repeats: Sequence[Estimate], within: Estimate) -> Estimate:
     return Estimate(mean, mean - below, mean + above, count)
 
 
-def total(mean: Estimate) -> Estimate:
-    """The sum of what a mean is of."""
-    return replace(mean, value=mean.value * mean.n, low=mean.low * mean.n, high=mean.high * mean.n)
-
-
-def paired_change(base: ArrayLike, trained: ArrayLike, seed: int) -> Estimate:
-    """Mean of trained - base over pairs of the same prompt and seed, `(P, K)` each, bootstrapped over prompts.
-
-    Differences are taken before resampling, so what makes a prompt hard for both models cancels. A pair with
-    either half missing is counted out, and `n` counts the pairs.
-    """
-    base, trained = _by_prompt(base), _by_prompt(trained)
-    if base.shape != trained.shape:
-        raise ValueError(f"a paired change needs the same prompts and seeds for both models, got {base.shape} and {trained.shape}")
-    return mean_over_prompts(trained - base, seed)
-
-
-def paired_p_value(base: ArrayLike, trained: ArrayLike) -> float:
-    """Two-sided p-value of equal rates for 0/1 values `(P, K)` of two models on the same prompts and seeds.
-
-    Were the models alike, swapping them on any prompt would change nothing: the sign of each prompt's difference is a fair
-    coin. The chance of a total difference as large is computed exactly. One picture per prompt is McNemar's exact test; with
-    more, whole prompts are swapped, because a model that is worse on a prompt is worse on all its pictures, and counting
-    those as independent finds differences that are not there. NaN when no pair is measured.
-    """
-    base, trained = (_zeros_and_ones(_by_prompt(values)) for values in (base, trained))
-    if base.shape != trained.shape:
-        raise ValueError(f"a paired test needs the same prompts and seeds for both models, got {base.shape} and {trained.shape}")
-    if np.isnan(trained - base).all():
-        return np.nan
-    differences = np.nansum(trained - base, axis=1).astype(int)  # (P,)
-    total = int(abs(differences).sum())
-    chance = np.zeros(2 * total + 1)  # of each total difference, from -total to total
-    chance[total] = 1
-    for size in abs(differences[differences != 0]):
-        chance = (np.roll(chance, size) + np.roll(chance, -size)) / 2
-    extreme = abs(np.arange(-total, total + 1)) >= abs(differences.sum())
-    return min(1.0, float(chance[extreme].sum()))
-
-
-def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """P-values adjusted for their number (Holm 1979): one below .05 holds although so many were looked at. NaN is counted out."""
-    p_values = np.asarray(p_values, dtype=np.float64)
-    adjusted = np.full(p_values.shape, np.nan)
-    order = np.argsort(p_values)[: (~np.isnan(p_values)).sum()]  # NaN sorts last
-    adjusted[order] = np.maximum.accumulate(p_values[order] * np.arange(order.size, 0, -1)).clip(max=1)
-    return adjusted
+def sum_over_prompts(values: ArrayLike, seed: int) -> Estimate:
+    """The sum of all `(P, K)` values that are there, with a bootstrap over prompts; `n` counts them."""
+    values = by_prompt(values)
+    there = ~np.isnan(values)
+    sums = np.nansum(values, axis=1)[there.any(axis=1)]
+    mean = mean_over_prompts(sums, seed)
+    return Estimate(mean.value * mean.n, mean.low * mean.n, mean.high * mean.n, int(there.sum()))
 
 
 def expected_maximum(values: ArrayLike, draws: int = 25, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -195,7 +160,7 @@ def expected_maximum(values: ArrayLike, draws: int = 25, resamples: int = 10_000
     different prompts, over `resamples` draws, as the authors' results_I2P.py has it; the deviation is of the scatter, not of the mean.
     Raises UserError for fewer prompts than `draws`.
     """
-    values = _by_prompt(values)
+    values = by_prompt(values)
     counts = (~np.isnan(values)).sum(axis=1)
     means = np.nansum(values[counts > 0], axis=1) / counts[counts > 0]
     if means.size < draws:
@@ -215,7 +180,8 @@ def significantly_above(change: Estimate) -> bool:
     return bool(change.low > 0)
 
 
-def _by_prompt(values: ArrayLike) -> NDArray[np.float64]:
+def by_prompt(values: ArrayLike) -> NDArray[np.float64]:
+    """`(P, K)` of that or of `(P,)`; ValueError for another shape."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim == 1:
         array = array[:, None]
@@ -224,7 +190,8 @@ def _by_prompt(values: ArrayLike) -> NDArray[np.float64]:
     return array
 
 
-def _zeros_and_ones(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def zeros_and_ones(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same values; ValueError where one is neither 0, 1 nor NaN."""
     if not np.isin(values[~np.isnan(values)], (0.0, 1.0)).all():
         raise ValueError("a rate counts successes: every value must be 0, 1 or NaN; use mean_over_prompts or paired_change for scores")
     return values
@@ -267,8 +234,11 @@ def _bootstrap_interval(means: NDArray[np.float64], seed: int) -> tuple[float, f
     return float(low), float(high)
 
 
-def _few(prompts: int, tail: float) -> float:
-    """The tail that makes a percentile interval of few prompts as wide as Student's (Hesterberg 2015, The American Statistician 69:371)."""
+def _few(prompts: int, tail: float, freedom: int = 0) -> float:
+    """The tail that makes a percentile interval of few prompts as wide as Student's (Hesterberg 2015, The American Statistician 69:371).
+
+    With several groups `prompts` is of the smallest, and `freedom` of all together; 0 is that of one group.
+    """
     from scipy.special import ndtr, stdtrit
 
-    return float(ndtr(np.sqrt(prompts / (prompts - 1)) * stdtrit(prompts - 1, tail)))
+    return float(ndtr(np.sqrt(prompts / (prompts - 1)) * stdtrit(freedom or prompts - 1, tail)))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safediffusion.evaluate.statistics import Estimate, holm, mean_over_strata, paired_change, paired_p_value, total
+from safediffusion.evaluate.paired import holm, paired_change, paired_p_value
+from safediffusion.evaluate.statistics import Estimate, mean_over_strata, sum_over_prompts
 
 if TYPE_CHECKING:
     from safediffusion.report.metric import Metric
@@ -109,12 +110,12 @@ def _aligned(base: Scores, other: Scores, name: str) -> tuple[list[Prompt], NDAr
 def _change(results: Results, of: Metric, before: NDArray[np.float64], after: NDArray[np.float64], groups: Sequence[str], count: int) -> Estimate:
     """`count` is the number of measurements of the models: a measure of a whole prompt stands in the line of each of its pictures."""
     kind = results.kind(of.name)
+    if kind == "count" or of.family == "detections":
+        return sum_over_prompts(after - before, seed=0)
     if kind == "geneval" and not of.part:
         found = mean_over_strata(after - before, groups, seed=0)
     else:
         found = paired_change(before, after, seed=0)
-    if kind == "count" or of.family == "detections":
-        return total(found)
     return replace(found, n=min(found.n, count))
 
 

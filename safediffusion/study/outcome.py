@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safediffusion.errors import UserError
+from safediffusion.evaluate.paired import paired_change
 from safediffusion.evaluate.statistics import Estimate, clustered_rate, mean_over_prompts, over_repeats, significantly_below
 from safediffusion.files import read_jsonl
 from safediffusion.report.comparison import unlike
@@ -185,7 +186,7 @@ def _change(of: Metric, outcomes: Sequence[Outcome]) -> Estimate | None:
     after, before = (pictures(outcomes, of.name, model) for model in ("trained", "base"))
     if after.shape != before.shape or not after.size:
         return None
-    return over_repeats(seeds, mean_over_prompts(_beside(after - before), seed=0))
+    return over_repeats(seeds, paired_change(_beside(before), _beside(after), seed=0))
 
 
 def _typical(seeds: Sequence[Estimate]) -> Estimate:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
 from safediffusion.errors import UserError
-from safediffusion.evaluate.frechet import Moments, fid, fid_interval, frechet, kid, load_moments, merged, moments, save_moments
+from safediffusion.evaluate.frechet import Moments, fid, fid_interval, frechet, kid, kid_reach, load_moments, merged, moments, save_moments
 
 
 def sample(count, dimensions=12, seed=0, shift=0.0):
@@ -124,7 +124,7 @@ def test_what_cannot_be_compared_says_so():
     with pytest.raises(ValueError, match="pictures, dimensions"):
         fid(features[0], features)
     with pytest.raises(UserError, match="needs pictures of at least 2 prompts"):
-        fid_interval(features, moments(features), per_prompt=10)
+        fid_interval(features, moments(features), of_prompt=np.zeros(len(features)))
     with pytest.raises(UserError, match="lower the subset size or make more pictures"):
         kid(features, features)
     with pytest.raises(UserError, match="at least 2"):
@@ -139,7 +139,7 @@ def test_the_interval_covers_what_such_a_sample_gives_on_average(per_prompt, spr
     estimates = []
     for _ in range(150):
         prompts = np.repeat(generator.normal(0.4, spread, size=(160 // per_prompt, 6)), per_prompt, axis=0)
-        estimates.append(fid_interval(prompts + generator.normal(size=(160, 6)), reference, per_prompt))
+        estimates.append(fid_interval(prompts + generator.normal(size=(160, 6)), reference, np.arange(160) // per_prompt))
     average = np.mean([estimate.value for estimate in estimates])
     covered = np.mean([estimate.low <= average <= estimate.high for estimate in estimates])
     assert 0.90 <= covered <= 0.99
@@ -180,3 +180,28 @@ def test_kid_is_that_of_torch_fidelity(theirs):
     mean, std = kid(a, b, subsets=10, subset_size=100, seed=7)
     assert mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
     assert std == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-3)
+
+
+def test_the_reach_of_kid_is_the_jackknife_over_prompts():
+    a, b = sample(24, 5, 0).astype(np.float64), sample(15, 5, 1).astype(np.float64)
+    of_prompt = np.arange(24) // 3
+
+    def distance(rows):
+        within = np.mean([(x @ y / 5 + 1) ** 3 for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j])
+        return within - 2 * np.mean([(x @ y / 5 + 1) ** 3 for x in rows for y in b])
+
+    without = np.array([distance(a[of_prompt % 4 != group]) for group in range(4)])
+    error = np.sqrt(3 * without.var())
+    assert kid_reach(a, b, of_prompt, groups=4) == pytest.approx(error * 3.1824463, rel=1e-6)  # Student's quantile at three degrees of freedom
+
+
+@pytest.mark.parametrize(("per_prompt", "spread"), [(1, 0.0), (4, 1.0)])
+def test_the_interval_of_kid_covers_the_mean(per_prompt, spread):
+    generator = np.random.default_rng(0)
+    reference, found = generator.normal(size=(400, 6)), []
+    for _ in range(120):
+        prompts = np.repeat(generator.normal(0.2, spread, size=(160 // per_prompt, 6)), per_prompt, axis=0)
+        rows = prompts + generator.normal(size=(160, 6))
+        found.append((kid(rows, reference, subsets=1, subset_size=160)[0], kid_reach(rows, reference, np.arange(160) // per_prompt)))
+    average = np.mean([value for value, _ in found])
+    assert np.mean([abs(value - average) <= reach for value, reach in found]) >= 0.88

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from safediffusion.errors import UserError
 from safediffusion.evaluate import measures
-from safediffusion.evaluate.measures import retention
+from safediffusion.evaluate.measures import Seen, measured, retention
+from safediffusion.evaluate.rows import Row
+from safediffusion.evaluate.task import Likeness
+from safediffusion.types import Prompt
 
 
 def embeddings(prompts: int, samples: int, seed: int) -> np.ndarray:
@@ -35,3 +41,33 @@ def test_retention_is_the_share_of_neighbours_that_stay(monkeypatch: pytest.Monk
 
 def test_one_prompt_has_no_neighbours() -> None:
     assert np.isnan(retention(embeddings(1, 3, 0), embeddings(1, 3, 1))).all()
+
+
+def test_a_missing_picture_has_no_neighbours_and_is_nobodys() -> None:
+    image, base = embeddings(7, 2, 0), embeddings(7, 2, 1)
+    image[2, 1] = np.nan
+    found = retention(image, base, 4)
+    assert np.isnan(found[2, 1]) and np.isnan(found).sum() == 1
+    rest = [p for p in range(7) if p != 2]
+    # Without the missing picture alone: its prompt's other one stays among the candidates.
+    assert retention(image[rest], base[rest], 4).shape == (6, 2) and (found[rest] <= 1).all()
+
+
+def seen(groups: str, samples: int, columns: dict) -> Seen:
+    rows = tuple(Row(str(place), Prompt("a red cup"), group) for place, group in enumerate(groups))
+    return Seen(rows, samples, columns, tuple(range(len(rows))))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_a_group_has_the_references_of_its_own_rows(samples: int) -> None:
+    columns = {"inception": {"embedding": np.arange(6 * samples)[:, None]}, "inception/reference": {"embedding": np.arange(6)[:, None]}}
+    found = seen("aabbab", samples, columns).only(("b",))
+    assert found.columns["inception/reference"]["embedding"].ravel().tolist() == [2, 3, 5]
+    assert len(found.columns["inception"]["embedding"]) == 3 * samples
+
+
+def test_two_measures_of_one_name_are_refused() -> None:
+    task = SimpleNamespace(name="mine", measures={"clip": Likeness(instrument="clip"), "pick": Likeness(instrument="pick")})
+    columns = {name: {"alignment": np.ones(4), "embedding": embeddings(2, 2, 0).reshape(4, 8)} for name in ("clip", "pick")}
+    with pytest.raises(UserError, match="mine: measures.pick gives 'diversity', which another measure gives as well"):
+        measured(task, seen("aa", 2, columns), None)

@@ -130,3 +130,19 @@ def test_the_task_in_the_documentation_is_one(tmp_path: Path) -> None:
 
 def test_every_instrument_of_a_shipped_task_is_known() -> None:
     assert {name for task in shipped().values() for name in task.instruments} <= set(INSTRUMENTS)
+
+
+def test_the_digest_knows_the_rows_own_pictures_and_cases(tmp_path: Path) -> None:
+    from safediffusion.evaluate.geneval import Asked, Case
+    from safediffusion.evaluate.rows import Row, digest
+    from safediffusion.types import Prompt
+
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"one")
+    row = Row("a", Prompt("a red cup"), image=picture)
+    before = digest([row])
+    assert digest([row]) == before != digest([Row("a", Prompt("a red cup"))])
+    picture.write_bytes(b"two")
+    assert digest([row]) != before
+    first, second = (Row("a", Prompt("a red cup"), case=Case("single", "a red cup", (Asked("cup", count),))) for count in (1, 2))
+    assert digest([first]) != digest([second])

@@ -10,14 +10,8 @@ from hypothesis.extra import numpy as arrays
 from scipy.stats import t
 
 from safediffusion.evaluate import statistics
-from safediffusion.evaluate.statistics import (
-    Estimate,
-    mean_over_prompts,
-    paired_change,
-    rate,
-    significantly_above,
-    significantly_below,
-)
+from safediffusion.evaluate.paired import paired_change
+from safediffusion.evaluate.statistics import Estimate, mean_over_prompts, rate, significantly_above, significantly_below
 
 SCORES = arrays.arrays(
     np.float64,
@@ -157,3 +151,46 @@ def test_estimate_survives_json():
 def test_statistics_need_no_torch():
     script = "import sys; import safediffusion.evaluate.statistics; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_few_prompts_that_all_changed_alike_are_no_certainty() -> None:
+    """The exact test of 3 prompts that all got worse says .25."""
+    lost = paired_change(np.ones((3, 2)), np.zeros((3, 2)), seed=0)
+    assert lost.value == -1 and lost.low == -1 and lost.high > 0
+    same = paired_change(np.ones((20, 1)), np.ones((20, 1)), seed=0)
+    assert same.value == 0 and same.low < -0.05 and same.high > 0.05
+    many = paired_change(np.ones((2000, 1)), np.ones((2000, 1)), seed=0)
+    assert -0.002 < many.low < 0 < many.high < 0.002
+    scores = paired_change(np.full((20, 1), 0.5), np.full((20, 1), 0.75), seed=0)  # no 0/1 values: the bootstrap alone
+    assert (scores.low, scores.high) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize("prompts", [20, 60])
+def test_a_loss_of_five_points_is_seldom_excluded_by_chance(prompts: int) -> None:
+    generator = np.random.default_rng(0)
+    excluded = 0
+    for _ in range(300):
+        base = generator.random((prompts, 1)) < 0.95
+        trained = base & (generator.random((prompts, 1)) >= 0.05 / 0.95)  # 5 of 100 are lost, none are won
+        excluded += paired_change(base.astype(float), trained.astype(float), seed=0).low > -0.05
+    assert excluded / 300 <= 0.04  # 2.5 % but for chance
+
+
+def test_a_sum_is_of_all_values_that_are_there() -> None:
+    nan = np.nan
+    found = statistics.sum_over_prompts([[0.0, 0.0, 0.0], [1.0, nan, nan]], seed=0)
+    assert (found.value, found.n) == (1.0, 4)
+    even = np.random.default_rng(0).integers(0, 3, size=(40, 4)).astype(float)
+    found, mean = statistics.sum_over_prompts(even, seed=0), mean_over_prompts(even, seed=0)
+    assert (found.value, found.low, found.high) == pytest.approx((even.sum(), 160 * mean.low, 160 * mean.high))
+
+
+def test_the_mean_of_groups_of_few_prompts_is_as_uncertain_as_they_are() -> None:
+    alone = statistics.mean_over_strata([[0.0], [1.0]], ["a", "b"], seed=0)
+    assert alone.value == 0.5 and np.isnan(alone.low) and np.isnan(alone.high)
+    generator, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        values = generator.standard_normal((12, 1))
+        found = statistics.mean_over_strata(values, [name for name in "abc" for _ in range(4)], seed=0)
+        hits += found.low <= 0 <= found.high
+    assert hits / 200 > 0.91

@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as arrays
 from scipy.stats import binomtest, false_discovery_control
 
 from safediffusion.errors import UserError
-from safediffusion.evaluate.statistics import clustered_rate, expected_maximum, holm, paired_p_value, rate
+from safediffusion.evaluate.paired import holm, paired_p_value
+from safediffusion.evaluate.statistics import clustered_rate, expected_maximum, rate
 
 MARKS = arrays.arrays(np.float64, st.tuples(st.integers(1, 12), st.integers(1, 4)), elements=st.sampled_from([0.0, 1.0, np.nan]))
 

@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from safediffusion.evaluate.statistics import Estimate, holm, paired_change, paired_p_value
+from safediffusion.evaluate.paired import holm, paired_change, paired_p_value
+from safediffusion.evaluate.statistics import Estimate
 from safediffusion.report.bars import part_bars
 from safediffusion.report.card import model_card
 from safediffusion.report.exports import latex, long_csv, markdown
