@@ -75,15 +75,15 @@ def load_rows(task: Task, limit: int | None = None) -> Rows:
 
 def digest(rows: Sequence[Row]) -> str:
     """A hex digest of everything that the rows say, of their own pictures, and of their order."""
-    whole = hashlib.sha256()
+    lines = []
     for row in rows:
         told = [row.id, row.prompt.text, row.prompt.unsafe, row.prompt.task, row.group, row.categories, row.seed, row.guidance, row.width, row.height]
         if row.image is not None:
             told.append(sha256(row.image))
         if row.case is not None:
             told.append(repr(row.case))
-        whole.update(json.dumps(told).encode() + b"\n")
-    return whole.hexdigest()
+        lines.append(json.dumps(told))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def located(file: str, task: str, hub: str = "", revision: str = "", how: str = "") -> Path:

@@ -110,7 +110,8 @@ def _protocol(plan: Plan, instruments: Mapping[str, Instrument], extent: Extent)
     for row in plan.rows.kept:
         groups[row.group] = groups.get(row.group, 0) + 1
     told = TypeAdapter(Task).dump_python(plan.task, mode="json")
-    frechet = {name: each for name, each in plan.task.measures.items() if isinstance(each, Frechet)}
+    files = {name: each for name, each in plan.task.measures.items() if isinstance(each, Frechet) and each.reference}
+    references = {name: sha256(located(each.reference, name, how=each.how)) for name, each in files.items()}
     return {
         "id": plan.task.id,
         **{name: told[name] for name in ("title", "licence", "citation", "known")},
@@ -121,7 +122,7 @@ def _protocol(plan: Plan, instruments: Mapping[str, Instrument], extent: Extent)
         **{f"painting/{name}": value for name, value in told["painting"].items()},
         **{f"painting/{name}": value for name, value in extent.held.facts.items()},
         "measures": told["measures"],
-        "references": {name: sha256(located(each.reference, name, how=each.how)) for name, each in frechet.items() if each.reference},
+        **({"references": references} if references else {}),
         "instruments": {name: dict(instruments[name].identity) for name in plan.task.instruments},
     }
 
