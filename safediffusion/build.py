@@ -63,8 +63,8 @@ def device(name: str | None) -> torch.device:
         raise UserError(f"--device {name} names one device, and {ranks.count()} processes share this work; leave --device out")
     try:
         chosen = torch.device(name)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=chosen).cpu()  # "meta" has no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}; leave --device out, or give cpu or cuda") from None
     return chosen
 
@@ -274,9 +274,13 @@ def _probe(recipe: Recipe, policy: LatentPolicy) -> Measure | None:
 def identity(recipe: Recipe) -> dict:
     """What must be equal for two commands to be the same run."""
     facts = dataclasses.asdict(recipe)
-    for name in ("shard", "prompt_cache"):  # where weights lie, and how many conditions, changes no result
-        del facts["policy"][name]
+    # Where weights lie, what is kept, what is made again and how much at once changes memory, and no result.
+    for table, name in (("policy", "shard"), ("policy", "prompt_cache"), ("policy", "gradient_checkpointing"), ("optimizer", "batch")):
+        del facts[table][name]
     facts |= {"prompts": {name: prompts_sha256(load_set(name)) for name in (recipe.data.safe, recipe.data.unsafe) if name}}
+    rewards = [part.reward for part in recipe.reward.parts] if isinstance(recipe.reward, CombinedSettings) else [recipe.reward]
+    if own := [name for reward in rewards if (name := str(getattr(reward, "anchors", ""))).endswith(".toml")]:
+        facts |= {"anchors": {name: dataclasses.asdict(load_anchors(name)) for name in own}}  # a file of the user's, who may edit it between two sittings
     dataset = _dataset(recipe)
     return facts | {"pairs": preferences_sha256(dataset)} if dataset else facts
 

@@ -89,12 +89,12 @@ def generate(
 
     `batch` pictures at once on each process, 0 for as many as fit; several share the painting, and the main one writes.
     """
-    from safediffusion import build, ranks
+    from safediffusion import ranks
     from safediffusion.data.screen import screen
     from safediffusion.guided import guided
     from safediffusion.policies.autoencoder import cell
     from safediffusion.policies.families import find_family
-    from safediffusion.process.settings import ProcessSettings
+    from safediffusion.process.scheduler import of_folder
     from safediffusion.rollout import painted
 
     screened = screen(prompts)
@@ -113,7 +113,7 @@ def generate(
         said = [*dict.fromkeys(item.prompt for item in missing), getattr(setting.guide, "concept", "")]
         policy = model.load(device, setting.held.settings(image_size=setting.size), said)
         policy.encode.warn_of_long([item.prompt for item in missing])
-        process = build.process(policy, ProcessSettings(steps=setting.steps))
+        process = of_folder(policy.folder, policy.scheduler_config, setting.steps, policy.tokens(), eta=0.0)
         painter = policy if setting.guide is None else guided(policy, setting.guide, device)
         pixels = math.prod(policy.sample_shape[1:]) * cell(policy.vae) ** 2
         for part, images in painted(len(missing), pixels, batch, lambda which: _paint(painter, process, [missing[i] for i in which], guidance)):

@@ -44,6 +44,13 @@ def accelerator(**options: Any) -> Accelerator:
             f"{made.distributed_type.value} settings of a launcher are not read: here the recipe splits a model over processes, by policy.shard = true; "
             "launch with --multi_gpu (docs/processes.md)"
         )
+    asked = {
+        "mixed precision": made.mixed_precision,
+        "gradient accumulation": made.gradient_accumulation_steps,
+        "dynamo": os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no"),
+    }
+    if told := next((f"{name} {value}" for name, value in asked.items() if str(value).lower() not in ("no", "1", "")), None):
+        raise UserError(f"the launcher asks for {told}, and a run is to be what its recipe says (policy.dtype, policy.compile); leave it out of `accelerate config`")
     return made
 
 

@@ -82,6 +82,11 @@ def check(recipe: Recipe) -> Recipe:
             raise UserError(f"reward.parts: {taken!r} is what metrics and constraints call something else; give the part another name")
     _check_constraints(recipe)
     algorithm.check(recipe)
+    if recipe.process.solver != "ddim" and recipe.process.eta and getattr(algorithm, "window", None) is None:
+        raise UserError(
+            f'process.solver = "{recipe.process.solver}" walks steps without noise, and with process.eta = {recipe.process.eta:g} there are none; '
+            "set eta = 0, or leave the solver out"
+        )
     if recipe.policy.train == "none":
         raise UserError('policy.train = "none" is for painting and measuring, and leaves a run nothing to learn; set "lora" or "full"')
     check_trained(recipe.policy.quantise, recipe.policy.train)
@@ -120,5 +125,8 @@ def _check_constraints(recipe: Recipe) -> None:
             raise UserError(f'{key}.at = "least" would drive the policy away from the base; a constraint on "kl" is "most"')
         if cost == DRIFT and not recipe.data.safe:
             raise UserError(f'{key}.cost = "drift" is of benign prompts, and data.safe names none; name some, or constrain "kl"')
+        share = recipe.data.unsafe_share
+        if (constraint.about, share) in (("unsafe", 0), ("safe", 1)) and cost != "kl" and recipe.data.safe and recipe.data.unsafe:
+            raise UserError(f"{key} is about {constraint.about} prompts, and data.unsafe_share = {share:g} draws none of them; change it")
         if cost not in ("kl", DRIFT) and not {"safe": recipe.data.safe, "unsafe": recipe.data.unsafe, "all": True}[constraint.prompts]:
             raise UserError(f'{key}.prompts = "{constraint.prompts}", and data.{constraint.prompts} names no prompts; set {key}.prompts = "all"')

@@ -77,6 +77,9 @@ def test_a_step_observes_the_cost_and_logs_every_part(normalise: str) -> None:
         ({"constraints": [{"cost": "kl", "budget": 0.1, "at": "least"}]}, r'constraints\.0\.at = "least" would drive the policy away from the base'),
         ({"algorithm": {"kind": "forward", "diversity": 0.1}}, "slack = 0 leaves one of them"),
         ({"lagrangian": {"normalise": "together"}, "reward": RECIPE["reward"] | {"normalise": "each"}}, 'normalise = "together" takes costs off the total'),
+        ({"data": {"unsafe_share": 0.0}}, r"constraints\.0 is about unsafe prompts, and data\.unsafe_share = 0 draws none of them"),
+        ({"data": {"unsafe_share": 1.0}, "constraints": [{"cost": "drift", "budget": 0.1}]}, "is about safe prompts, and data.unsafe_share = 1 draws none"),
+        ({"algorithm": {"kind": "grpo"}, "process": {"eta": 1.0, "solver": "dpm++2m"}}, r'process\.solver = "dpm\+\+2m" walks steps without noise'),
         ({"policy": {"train": "none"}}, "leaves a run nothing to learn"),
         ({"probe": {"every": 0, "count": 3}}, "probe.every = 0 turns probes off"),
         ({"probe": {"every": 1, "count": 3}, "limit": {"forwards": 100}}, "a limit may end the run before them; set probe.every"),
@@ -95,3 +98,16 @@ def test_what_cannot_work_together(tables: dict, message: str) -> None:
 
 def test_the_cost_of_a_users_function_is_looked_for_when_it_is_there() -> None:
     check(recipe(reward={"kind": "callable", "function": "my:own"}, constraints=[{"cost": "harm", "budget": 0.1}]))
+
+
+def test_what_a_run_is_recognised_by(tmp_path) -> None:
+    """Memory may be traded for time when it is gone on with; the user's own anchors may not be others by then."""
+    anchors = tmp_path / "mine.toml"
+    anchors.write_text('source = "mine"\nsafe = ["a red cup"]\nunsafe = ["a broken cup"]\n')
+    reward = {"kind": "steering", "encoder": "pictograms", "anchors": str(anchors)}
+    whole = build.identity(recipe(reward=reward, constraints=[]))
+    frugal = recipe(reward=reward, constraints=[], optimizer={"batch": 4}, policy={"gradient_checkpointing": True})
+    assert build.identity(frugal) == whole
+    assert build.identity(recipe(reward=reward, constraints=[], optimizer={"lr": 1e-6})) != whole
+    anchors.write_text(anchors.read_text().replace("broken", "blue"))
+    assert build.identity(recipe(reward=reward, constraints=[])) != whole

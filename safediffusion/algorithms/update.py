@@ -108,8 +108,8 @@ class Learner:
         if not norm < float("inf"):
             self.optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(f"the gradient norm is {norm}")
+        self.updates += 1  # before the step: one that runs out of memory halfway has moved something, and is not to be repeated
         self.optimizer.step()
-        self.updates += 1
         return norm
 
 

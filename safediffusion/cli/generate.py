@@ -58,7 +58,7 @@ def command(
 
     from safediffusion import build
     from safediffusion.cli.terminal import pictures_at_once, progress_columns, progress_console
-    from safediffusion.data.prompts import read_prompts
+    from safediffusion.data.prompts import read_prompts, text_of
     from safediffusion.errors import UserError
     from safediffusion.generation import Setting, generate
     from safediffusion.guided import load_guide
@@ -71,10 +71,15 @@ def command(
         raise UserError('there is nothing to paint; give --prompt "..." or --prompts FILE')
     if any(not text.strip() for text in prompt or ()):
         raise UserError("--prompt is empty; say what to paint")
-    asked = [*(Prompt(text.strip()) for text in prompt or ()), *(read_prompts(prompts) if prompts else ())]
+    try:
+        own = [Prompt(text_of(text)) for text in prompt or ()]
+    except ValueError as error:
+        raise UserError(f"--prompt: {error}") from None
+    asked = [*own, *(read_prompts(prompts) if prompts else ())]
     batch = pictures_at_once(batch_size)
     setting = Setting(steps, guidance, size, Held(dtype, quantise, text_encoders), load_guide(guide, guide_set or ()))
-    found, at = variant(model, locate), build.device(device)
+    at = build.device(device)  # first: under a launcher it finds the other processes, and one of them converts for all
+    found = variant(model, locate)
     with Progress(*progress_columns(), console=progress_console()) as progress:
         done = generate(found, asked, out, setting=setting, seed=seed, samples=samples, batch=batch, device=at, progress=progress)
     typer.echo(f"{out} holds {done.painted + done.there_before} pictures: {done.painted} new, {done.there_before} there before")

@@ -42,9 +42,12 @@ def load_model(kind: Any, folder: Path) -> Any:
 
 def load_empty(kind: Any, folder: Path) -> Any:
     """A model of the shape that its config file says, with whatever its class puts into its weights: none are read."""
-    if hasattr(kind, "config_class"):  # of transformers
-        return kind(kind.config_class.from_pretrained(folder))
-    return kind.from_config(kind.load_config(folder))
+    try:
+        if hasattr(kind, "config_class"):  # of transformers
+            return kind(kind.config_class.from_pretrained(folder))
+        return kind.from_config(kind.load_config(folder))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} cannot be loaded as {kind.__name__}: {first_sentence(error)}") from error
 
 
 def load_denoiser(family: Family, folder: Path, load: Load = load_model) -> Any:

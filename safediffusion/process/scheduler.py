@@ -40,7 +40,12 @@ def from_scheduler(
 
 def from_settings(options: ProcessSettings, folder: Path, config: Mapping[str, Any], tokens: int) -> Gaussian:
     """The grid of a recipe on the scheduler's `config` of the model in `folder`. UserError for one that has no such grid."""
+    return of_folder(folder, config, options.steps, tokens, eta=options.eta, solver=options.solver, guidance_range=options.guidance_range)
+
+
+def of_folder(folder: Path, config: Mapping[str, Any], steps: int, tokens: int, **options: Any) -> Gaussian:
+    """`from_scheduler` with the config of the model in `folder`, and a UserError that names it."""
     try:
-        return from_scheduler(config, options.steps, options.eta, options.solver, options.guidance_range, tokens)
-    except ValueError as error:
-        raise UserError(f"{options.steps} denoising steps with the scheduler of {folder}: {error}") from None
+        return from_scheduler(config, steps, tokens=tokens, **options)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{steps} denoising steps with the scheduler of {folder}: {error}") from None

@@ -109,7 +109,8 @@ def _iterate(run: Run, progress: checkpoint.Progress, clock: _Clock) -> tuple[ch
     try:
         metrics = _step(run, prompts, progress.step)
     except FloatingPointError as error:
-        raise UserError(f"iteration {progress.step + 1}: {error}; the last checkpoint is kept - lower optimizer.lr or raise the KL") from error
+        told = f"iteration {progress.step + 1}: {error}; this run keeps its last checkpoint"
+        raise UserError(f"{told} - start another with a lower optimizer.lr or a stronger KL") from error
     run.average.update()
     wall, cpu = clock.now()
     spent = {"trained": progress.trained + cpu - progress.cpu_seconds, "trained_wall": progress.trained_wall + wall - progress.seconds}

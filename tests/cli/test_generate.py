@@ -137,6 +137,9 @@ def test_nothing_is_painted_when_every_prompt_is_refused(command, tmp_path: Path
         ((), ("nothing to paint", "--prompt")),
         (("--prompt", " "), ("--prompt is empty",)),
         (("--prompts", "none.txt"), ("none.txt does not exist",)),
+        (("--prompt", "a\udcff", "--steps", 2), ("--prompt: its prompt holds half of a surrogate pair",)),
+        (("--prompt", "a" * 10_001, "--steps", 2), ("--prompt: its prompt has 10,001 characters",)),
+        (("--prompt", "a", "--device", "meta"), ("the device 'meta' cannot be used",)),
         (("--prompt", "a", "--steps", 0), ("--steps should be at least 1",)),
         (("--prompt", "a", "--guidance", 0.5), ("--guidance should be a finite number of at least 1",)),
         (("--prompt", "a", "--batch-size", 0), ("--batch-size should be auto or a number of at least 1, but is 0",)),
@@ -174,3 +177,8 @@ def test_guides_that_there_are_not(command, tmp_path: Path) -> None:
     command(*asked, "--guide-set", "level=max").refused("there is none")
     (tmp_path / "empty.toml").write_text("")
     command(*asked, "--guide", tmp_path / "empty.toml").refused("has no [guide] table")
+
+
+def test_one_step_is_enough_for_a_distilled_model(command, tmp_path: Path) -> None:
+    command("generate", "pictograms", "--prompt", "a red circle", "--steps", 1, "--out", tmp_path)
+    assert len(list(tmp_path.glob("*.png"))) == 1

@@ -160,7 +160,7 @@ def test_a_gradient_that_is_not_finite_is_the_users_to_mend(make_run: MakeRun, t
     run = make_run(reward=blind)
     saved = (tmp_path / "checkpoints/step-000001.safetensors").read_bytes()
     original, run.learner.policy.predict = run.learner.policy.predict, lambda *arguments: original(*arguments) * float("inf")
-    with pytest.raises(UserError, match=r"iteration 2: the gradient norm is nan; the last checkpoint is kept - lower optimizer.lr"):
+    with pytest.raises(UserError, match=r"iteration 2: the gradient norm is nan; this run keeps its last checkpoint - start another with a lower optimizer.lr"):
         finished(run, tmp_path)
     assert (tmp_path / "checkpoints/step-000001.safetensors").read_bytes() == saved
     assert latest(tmp_path / "checkpoints").progress.step == 1

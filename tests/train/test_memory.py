@@ -76,3 +76,18 @@ def test_a_repeated_step_remembers_its_scores_and_moves_its_multipliers_once(tmp
 def test_without_room_for_one_picture_the_run_says_what_to_do(tmp_path: Path, make_run: Callable[..., Run]) -> None:
     with pytest.warns(UserWarning, match="out of memory"), pytest.raises(UserError, match="iteration 1: out of memory with 1 pictures per forward; set"):
         train(make_run(reward=holding(0)), tmp_path, Console(file=io.StringIO()))
+
+
+def test_an_optimizer_that_ran_out_of_memory_halfway_is_not_repeated(tmp_path: Path, make_run: Callable[..., Run]) -> None:
+    run = make_run(algorithm="forward", steps=1)
+    step, calls = run.learner.optimizer.step, []
+
+    def halfway(*arguments: Any) -> None:
+        step(*arguments)
+        calls.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory: moments")
+
+    run.learner.optimizer.step = halfway
+    with pytest.raises(UserError, match="out of memory with .* pictures per forward"):
+        train(run, tmp_path / "run", Console(file=io.StringIO()))
+    assert len(calls) == 1

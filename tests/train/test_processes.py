@@ -220,3 +220,13 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, monkeypa
     for line, same in zip(read_metrics(whole), read_metrics(broken), strict=True):
         assert numbers(line) == pytest.approx(numbers(same), rel=0.02, abs=1e-3)
     assert (broken / "model/model_index.json").is_file()
+
+
+def test_what_a_launcher_would_change_of_a_recipe_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('model = "pictograms"\nsteps = 1\n[reward]\nkind = "similarity"\nencoder = "pictograms"\n')
+    for variable, told in (("MIXED_PRECISION", "mixed precision bf16"), ("GRADIENT_ACCUMULATION_STEPS", "gradient accumulation 4")):
+        value = told.split()[-1]
+        words = [sys.executable, "-m", "safediffusion", "train", str(file), "--out", str(tmp_path / "run")]
+        ended = subprocess.run(words, capture_output=True, text=True, env={**os.environ, f"ACCELERATE_{variable}": value}, timeout=PATIENCE)
+        assert ended.returncode == 2 and f"the launcher asks for {told}" in ended.stderr, ended.stderr
