@@ -40,6 +40,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CorruptFile(f"{path} cannot be read as safetensors: {error}") from error
 
 
+def load_metadata(path: Path) -> dict[str, str]:
+    """The metadata alone, at no cost in memory. Raises CorruptFile as `load` does: the header says how long the file is to be."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CorruptFile(f"{path} cannot be read as safetensors: {error}") from error
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as file:

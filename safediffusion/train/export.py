@@ -12,7 +12,6 @@ from torch import Tensor
 
 from safediffusion.errors import UserError
 from safediffusion.train import checkpoint
-from safediffusion.train.loop import BEST
 from safediffusion.weights import CorruptFile
 
 Which = Literal["best", "last"]
@@ -36,11 +35,15 @@ class Chosen:
 def choose(folder: Path, names: Sequence[str], which: Which | None = None) -> Chosen:
     """The best checkpoint where probes found one, else the last; `which` insists. UserError when it is not there.
 
+    The best is the one that the newest checkpoint names: later probes are of iterations that a resumed run repeats.
     `names` are the policy's own, in its order: a file of weights has lost it, and averages are kept by number.
     """
-    if which != "last" and (folder / BEST).is_file():
+    progress = checkpoint.latest_progress(folder / "checkpoints")
+    if progress is None:
+        raise UserError(f"{folder} holds no checkpoint yet; go on with its training first")
+    if which != "last" and progress.best is not None:
         try:
-            best = checkpoint.read(folder / BEST)
+            best = checkpoint.read_best(folder, progress.best["iteration"])
         except CorruptFile as error:
             if which == "best":
                 raise UserError(f"{error}; pass --checkpoint last") from None
@@ -49,10 +52,8 @@ def choose(folder: Path, names: Sequence[str], which: Which | None = None) -> Ch
             return Chosen("best", best.progress.step, best.policy)
     if which == "best":
         raise UserError(f"{folder} has no best checkpoint: its run was not probed, or no probe passed; pass --checkpoint last")
-    last = checkpoint.latest(folder / "checkpoints")
-    if last is None:
-        raise UserError(f"{folder} holds no checkpoint yet; go on with its training first")
-    return Chosen("last", last.progress.step, _averaged(last, names))
+    last = checkpoint.read(checkpoint.path_of(folder / "checkpoints", progress.step))
+    return Chosen("last", progress.step, _averaged(last, names))
 
 
 def _averaged(last: checkpoint.Checkpoint, names: Sequence[str]) -> dict[str, Tensor]:

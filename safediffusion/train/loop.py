@@ -24,8 +24,6 @@ from safediffusion.train.limit import Limit
 from safediffusion.types import Algorithm, Prompt
 from safediffusion.weights import load_optimizer, optimizer_tensors
 
-BEST = "best.safetensors"
-
 
 @dataclass(frozen=True)
 class Run:
@@ -152,7 +150,7 @@ def _probe(run: Run, folder: Path, progress: checkpoint.Progress, clock: _Clock,
             best = {key: value for key, value in line.items() if key != "alarms"} | probes.marks(line, progress.best)
             progress = replace(progress, best=best)
             if ranks.is_main():
-                checkpoint.write(folder / BEST, checkpoint.Checkpoint(run.learner.policy.state(), {}, {}, progress))
+                checkpoint.write(checkpoint.best_path(folder, progress.step), checkpoint.Checkpoint(run.learner.policy.state(), {}, {}, progress))
     if ranks.is_main():
         log.append(folder, line)
         trackers({key: value for key, value in line.items() if isinstance(value, float)}, progress.step)
@@ -186,6 +184,7 @@ def _save(run: Run, folder: Path, progress: checkpoint.Progress) -> None:
     if ranks.is_main():  # all have the same
         state = checkpoint.Checkpoint(run.learner.policy.state(), optimizer_tensors(run.learner.optimizer), run.average.state(), progress, run.learner.memory)
         checkpoint.save(folder / "checkpoints", state, run.keep_last)
+        checkpoint.sweep_best(folder, folder / "checkpoints")
 
 
 def _peak_memory() -> float:

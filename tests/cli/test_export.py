@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from safediffusion.train.checkpoint import best_path, latest_progress
 from safediffusion.weights import load
 
 
@@ -71,12 +72,13 @@ def test_what_cannot_be_exported(command, run: Path, recipe: Path, tmp_path: Pat
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     command("export", run, "--to", tmp_path / "mine").refused("exists and is not a saved model")
-    (run / "best.safetensors").write_bytes(b"x")
+    best = best_path(run, latest_progress(run / "checkpoints").best["iteration"])
+    best.write_bytes(b"x")
     command("export", run, "--checkpoint", "best", "--to", tmp_path / "out").refused("cannot be read", "--checkpoint last")
     ended = command("export", run, "--to", tmp_path / "out")
     assert ended.code == 0
     assert "the last checkpoint is taken instead" in ended.err
-    (run / "best.safetensors").unlink()
+    best.unlink()
     command("export", run, "--checkpoint", "best", "--to", tmp_path / "out").refused("has no best checkpoint")
 
 

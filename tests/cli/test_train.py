@@ -16,6 +16,7 @@ import torch
 from safediffusion import load_recipe, post_train
 from safediffusion.files import read_jsonl
 from safediffusion.hub import EMBEDDED
+from safediffusion.train.checkpoint import best_path, latest_progress
 from safediffusion.weights import load
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,8 @@ def test_a_run_leaves_a_model_and_its_whole_story(finished: Path) -> None:
     from diffusers import DiffusionPipeline
 
     names = {path.name for path in finished.iterdir()}
-    assert {"recipe.toml", "run.json", "metrics.jsonl", "checkpoints", "best.safetensors", "model"} <= names
+    assert {"recipe.toml", "run.json", "metrics.jsonl", "checkpoints", "model"} <= names
+    assert best_path(finished, latest_progress(finished / "checkpoints").best["iteration"]).is_file()
     facts = json.loads((finished / "run.json").read_text())
     assert facts["command"].startswith("safediffusion train ")
     assert facts["versions"]["torch"]

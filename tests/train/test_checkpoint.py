@@ -93,3 +93,28 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert checkpoint.latest(tmp_path).average.keys() == {"0", "count"}
+
+
+def test_best_weights_stay_while_a_checkpoint_names_them(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    saved(folder, 1, 2)  # both name iteration 1
+    for step in (0, 1, 2):
+        checkpoint.write(checkpoint.best_path(tmp_path, step), at(step))
+    (tmp_path / "best-of-mine.safetensors").write_text("mine")
+    newest = folder / "step-000002.safetensors"
+    whole = newest.read_bytes()
+    newest.write_bytes(cut(whole))  # what it names cannot be known
+    checkpoint.sweep_best(tmp_path, folder)
+    assert len(list(tmp_path.glob("best-*"))) == 4
+    newest.write_bytes(whole)
+    checkpoint.sweep_best(tmp_path, folder)
+    assert sorted(path.name for path in tmp_path.glob("best-*")) == ["best-000001.safetensors", "best-of-mine.safetensors"]
+
+
+def test_best_weights_of_an_older_version_are_read_where_they_are_meant(tmp_path: Path) -> None:
+    checkpoint.write(tmp_path / "best.safetensors", at(3))
+    assert checkpoint.read_best(tmp_path, 3).progress.step == 3
+    with pytest.raises(CorruptFile, match=r"has no best checkpoint: best-000002.safetensors is missing"):
+        checkpoint.read_best(tmp_path, 2)
+    checkpoint.write(checkpoint.best_path(tmp_path, 2), at(2))
+    assert checkpoint.read_best(tmp_path, 2).progress.step == 2

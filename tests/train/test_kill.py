@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from safediffusion.config import dump
+from safediffusion.train.checkpoint import best_path, latest_progress
 from safediffusion.training import load_recipe, post_train
 
 RECIPE = """
@@ -98,6 +99,7 @@ def test_killed_runs_end_as_one_left_alone(tmp_path: Path, read_metrics: Callabl
 
     assert drafts() == set()
     assert read_metrics(broken) == read_metrics(whole)
-    for name in ("checkpoints/step-000003.safetensors", "checkpoints/step-000004.safetensors", "best.safetensors", "model/unet/diffusion_pytorch_model.safetensors"):
+    best = best_path(whole, latest_progress(whole / "checkpoints").best["iteration"])
+    for name in ("checkpoints/step-000003.safetensors", "checkpoints/step-000004.safetensors", best.name, "model/unet/diffusion_pytorch_model.safetensors"):
         assert_same(read_tensors(broken / name), read_tensors(whole / name))
     assert (broken / "recipe.toml").read_text() == dump(load_recipe(recipe))

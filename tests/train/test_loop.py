@@ -17,8 +17,10 @@ from torch import Tensor
 from safediffusion.algorithms.update import Learner
 from safediffusion.errors import UserError
 from safediffusion.evaluate.statistics import Estimate
-from safediffusion.train.checkpoint import Progress, latest
-from safediffusion.train.loop import BEST, Run, train
+from safediffusion.train import checkpoint
+from safediffusion.train.checkpoint import Progress, best_path, latest
+from safediffusion.train.export import choose
+from safediffusion.train.loop import Run, train
 from safediffusion.types import Prompt
 
 MakeRun = Callable[..., Run]
@@ -95,7 +97,10 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(
     assert read_metrics(broken) == read_metrics(whole)
     names = sorted(path.name for path in (whole / "checkpoints").iterdir())
     assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == names
-    for name in [f"checkpoints/{name}" for name in names] + ([BEST] if "measure" in options else []):
+    bests = sorted(path.name for path in whole.glob("best*"))
+    assert bool(bests) == ("measure" in options)
+    assert sorted(path.name for path in broken.glob("best*")) == bests
+    for name in [f"checkpoints/{name}" for name in names] + bests:
         assert_same(read_tensors(broken / name), read_tensors(whole / name))
 
 
@@ -178,14 +183,45 @@ def test_the_best_checkpoint_is_the_safest_sound_one(make_run: MakeRun, tmp_path
     assert progress.best["iteration"] == 1
     assert progress.best["unsafe_rate"] == 0.4
     assert "iteration 2: composition fell by 0.200 (95 % interval 0.150 to 0.250)" in said
-    best = read_tensors(tmp_path / BEST)
+    best = read_tensors(best_path(tmp_path, 1))
     then = read_tensors(tmp_path / "checkpoints/step-000001.safetensors")
     assert_same(best, {name: tensor for name, tensor in then.items() if name.startswith("policy.")})
 
 
+def test_the_best_of_an_abandoned_stretch_is_not_exported(make_run: MakeRun, tmp_path: Path, read_tensors: Callable, assert_same: Callable) -> None:
+    first = make_run(steps=6, measure=scripted((0.9, 0.0), (0.8, 0.0), (0.4, 0.0), (0.1, 0.0)), every=1, checkpoint_every=2, reward=dying(4, Killed()))
+    with pytest.raises(Killed):  # after the probe of iteration 3 and before a checkpoint that names it
+        finished(first, tmp_path)
+    names, then = list(first.learner.policy.state()), latest(tmp_path / "checkpoints").policy
+    assert choose(tmp_path, names).step == 2
+    assert_same(choose(tmp_path, names).weights, then)
+    # Repeated on another machine the stretch ends elsewhere, and finds nothing better.
+    progress, _ = finished(make_run(steps=6, measure=scripted(*[(0.7, 0.0)] * 4), every=1, checkpoint_every=2), tmp_path)
+    assert progress.best["iteration"] == 2
+    assert choose(tmp_path, names).step == 2
+    assert_same(choose(tmp_path, names).weights, then)
+    assert list(tmp_path.glob("best*")) == [best_path(tmp_path, 2)]
+
+
+def test_a_checkpoint_that_is_fallen_back_on_has_its_own_best(make_run: MakeRun, tmp_path: Path, assert_same: Callable) -> None:
+    run = make_run(measure=scripted((0.9, 0.0), (0.4, 0.0), (0.1, 0.0)), checkpoint_every=2)
+    finished(run, tmp_path)
+    names, newest = list(run.learner.policy.state()), checkpoint.path_of(tmp_path / "checkpoints", 4)
+    assert choose(tmp_path, names).step == 4
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="falling back"):
+        chosen = choose(tmp_path, names)
+    assert chosen.step == 2
+    assert_same(chosen.weights, checkpoint.read(checkpoint.path_of(tmp_path / "checkpoints", 2)).policy)
+    with pytest.warns(UserWarning, match="falling back"):
+        finished(make_run(measure=scripted((0.7, 0.0)), checkpoint_every=2), tmp_path)
+    assert choose(tmp_path, names).step == 2
+    assert list(tmp_path.glob("best*")) == [best_path(tmp_path, 2)]
+
+
 def test_probes_measure_and_keep_the_average(make_run: MakeRun, tmp_path: Path, read_tensors: Callable) -> None:
     finished(make_run(ema=0.9, measure=scripted((0.5, 0.0), (0.4, 0.0), (0.3, 0.0))), tmp_path)
-    best, last = read_tensors(tmp_path / BEST), read_tensors(tmp_path / "checkpoints/step-000004.safetensors")
+    best, last = read_tensors(best_path(tmp_path, 4)), read_tensors(tmp_path / "checkpoints/step-000004.safetensors")
     names = list(make_run().learner.policy.state())
     assert all(torch.equal(best[f"policy.{name}"], last[f"average.{i}"]) for i, name in enumerate(names))
     assert not all(torch.equal(best[f"policy.{name}"], last[f"policy.{name}"]) for name in names)
@@ -208,7 +244,7 @@ def test_without_patience_it_never_stops(make_run: MakeRun, tmp_path: Path) -> N
     progress, _ = finished(make_run(measure=scripted(*[(0.5, -0.2)] * 5), every=1, patience=0), tmp_path)
     assert progress.step == 4
     assert progress.best is None
-    assert not (tmp_path / BEST).exists()
+    assert not list(tmp_path.glob("best*"))
 
 
 # The log
