@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,14 +128,62 @@ def replaced(folder: Path) -> Iterator[Path]:
     saved = any((folder / name).is_file() for name in ("model_index.json", "pytorch_lora_weights.safetensors"))
     if folder.exists() and not saved and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not a saved model; save to another folder")
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("new", "old"))
-    new.mkdir(parents=True)
+    # By chance and not by the number of the process, which in a container is the same each time.
+    new, old = (folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.{word}") for word in ("new", "old"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with _locked(folder.parent) as alone:
+            if alone:
+                _sweep(folder)
+            new.mkdir()
+            stack.enter_context(_locked(new))
+        try:
+            yield new
+            with _locked(folder.parent):
+                _swap(new, folder, old)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(new: Path, folder: Path, old: Path) -> None:
+    """`new` in the place of `folder`, which gets its name back where that fails."""
+    if folder.exists():
+        folder.rename(old)
     try:
-        yield new
-        if folder.exists():
-            folder.rename(old)
         new.rename(folder)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if not folder.exists() and old.exists():
+            old.rename(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left beside `folder`. One killed between the two renames left the saved model without its name: it gets it back."""
+    form = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]+\.(new|old)")
+    for path in sorted(path for path in folder.parent.iterdir() if form.fullmatch(path.name)):
+        if path.suffix == ".old" and not folder.exists():
+            path.rename(folder)
+        elif path.suffix == ".old":
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with _locked(path, wait=False) as dead:
+                if dead:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock of a folder, which a killed process loses; False where another has it, or on a disk that knows no locks."""
+    import fcntl
+
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(file)
