@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,15 +66,40 @@ def strip_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments of an optimizer by parameter index, flat, so that a checkpoint needs no pickle."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(value) for i, entry in state.items() for name, value in entry.items()}
+    """The state of an optimizer by parameter index, flat, so that a checkpoint needs no pickle.
+
+    bitsandbytes nests its quantised moments, which are named by a path, and shares its tables between parameters: a file
+    of safetensors holds no tensor twice, so each gets its own. A plain number is named with its type, which it has again when it is read.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[torch.device, int]] = set()
+    for index, entry in optimizer.state_dict()["state"].items():
+        for name, value in _leaves(entry):
+            if not isinstance(value, Tensor):
+                name, value = f"{name}:{type(value).__name__}", torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+            place = (value.device, value.untyped_storage().data_ptr())
+            tensors[f"{index}.{name}"] = value.clone() if place in seen else value
+            seen.add(place)
+    return tensors
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Inverse of `optimizer_tensors`, bit-exact; hyper-parameters stay those of `optimizer`."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        index, path = key.split(".", 1)
+        path, _, number = path.partition(":")
+        *outer, name = path.split("/")
+        entry = state.setdefault(int(index), {})
+        for part in outer:
+            entry = entry.setdefault(part, {})
+        entry[name] = value.item() if number else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _leaves(entry: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{name}/")
+        else:
+            yield f"{path}{name}", value
