@@ -21,6 +21,7 @@ from safediffusion.tiny.scenes import SIZE
 
 Device = str | torch.device
 CLIP_L = "openai/clip-vit-large-patch14"
+JUDGE_KEY = "OPENAI_API_KEY"  # the environment variable that holds the judge's key
 
 
 class Known(Protocol):
@@ -110,7 +111,8 @@ def _judge(device: Device) -> Known:
     url, model = os.environ.get("SAFEDIFFUSION_JUDGE_URL"), os.environ.get("SAFEDIFFUSION_JUDGE_MODEL")
     if not url or not model:
         raise UserError("the judge needs an OpenAI-compatible endpoint: set SAFEDIFFUSION_JUDGE_URL and SAFEDIFFUSION_JUDGE_MODEL")
-    return VlmJudge(url, model)
+    # Many endpoints ask for no key, so one that is not there is no mistake yet: the server says whether it is.
+    return VlmJudge(url, model, key_variable=JUDGE_KEY if os.environ.get(JUDGE_KEY) else None)
 
 
 DETECTORS: dict[str, Callable[[Device], Known]] = {

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from safediffusion.detection import detector
 from safediffusion.detectors.judge import VlmJudge, parsed
 from safediffusion.errors import UserError
 from safediffusion.images import from_uint8
@@ -221,6 +222,15 @@ def test_the_key_is_sent_and_told_to_nobody(server: Server, monkeypatch: pytest.
     assert "secret" not in json.dumps(judge.identity) + repr(judge)
     server.respond = in_turn((401, {}, b"wrong key: a-secret"))
     assert "wrong key: ***" in sentence(judge)
+
+
+@pytest.mark.parametrize(("key", "header"), [("a-secret", "Bearer a-secret"), ("", None), (None, None)])
+def test_a_judge_by_its_name_sends_the_key_of_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch, key: str | None, header: str | None) -> None:
+    monkeypatch.setenv("SAFEDIFFUSION_JUDGE_URL", server.url)
+    monkeypatch.setenv("SAFEDIFFUSION_JUDGE_MODEL", "some-model")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False) if key is None else monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert detector("judge", "cpu")(BATCH).flatten().tolist() == [0, 1, 1, 0]
+    assert [headers.get("Authorization") for _, headers, _ in server.requests] == [header] * 4
 
 
 def test_a_key_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
