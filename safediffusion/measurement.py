@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safediffusion.config import read_toml
 from safediffusion.errors import UserError
 from safediffusion.files import check_writable, read_jsonl, read_text, write_json, write_text
 from safediffusion.provenance import Seconds, commit, versions
@@ -59,7 +60,8 @@ def measure(
 
     began, out, extent, at = Seconds.now(), Path(out), extent or run.Extent(), build.device(device)
     measured = subjects(model, against, images, run.plans(choose(tasks), extent), guide, at, extent.held)
-    history = measured.history
+    histories = measured.histories
+    history, recipes = histories.get("trained"), {name: read_toml(folder / run_folder.RECIPE) for name, folder in histories.items()}
     ranks.from_main(lambda: _check_folder(out, history))
     instruments = {name: instrument(name, at) for plan in measured.planned for name in plan.task.instruments}
     for plan in measured.planned:
@@ -76,9 +78,9 @@ def measure(
     def written() -> Results:
         took = Seconds.now() - began + Seconds(0.0, others)
         models = {name: {"name": str(measured.names[name]), **described} for name, described in measured.described.items()}
-        facts = {"command": shlex.join(command), "models": models, "recipe": _recipe(history), "device": str(at)}
+        facts = {"command": shlex.join(command), "models": models, "recipe": recipes.get("trained", {}), "device": str(at)}
         facts |= _cost(took, spent or _training_time(history)) | {"git": commit(), "versions": versions()}
-        concerns = _concerns(facts["recipe"], measured, instruments)
+        concerns = _concerns(recipes, measured, instruments)
         return _write(out, measured.planned, findings, {"schema": run.SCHEMA, "protocol": protocol, "warnings": concerns, "run": facts})
 
     return ranks.from_main(written)
@@ -101,32 +103,47 @@ def _find(measured: Subjects, instruments: Mapping[str, Instrument], out: Path, 
     return findings
 
 
-def _concerns(recipe: Mapping[str, Any], measured: Subjects, instruments: Mapping[str, Instrument]) -> list[str]:
-    """What a reviewer would object to, knowing how the model was trained and what guided it."""
+def _concerns(recipes: Mapping[str, Mapping[str, Any]], measured: Subjects, instruments: Mapping[str, Instrument]) -> list[str]:
+    """What a reviewer would object to, knowing how each model was trained and what guided it; of several models, each objection says whose it is."""
     from safediffusion import build
+
+    found: dict[str, list[str]] = {}
+    identity = cache(build.encoder_identity)  # it reads the weights, and many models may have followed the same encoder
+    for name in measured.names:
+        recipe, painter = recipes.get(name, {}), measured.painters.get(name)
+        followed = {"reward or a constraint of training": recipe.get("reward", {}), "reward of the guide": painter.guide.get("reward", {}) if painter else {}}
+        for concern in dict.fromkeys([*_shared_prompts(recipe, measured.planned), *_shared_graders(followed, instruments, identity)]):
+            found.setdefault(concern, []).append(name)
+    return [f"{', '.join(names)}: {concern}" if len(measured.names) > 1 else concern for concern, names in found.items()]
+
+
+def _shared_prompts(recipe: Mapping[str, Any], planned: Sequence[Plan]) -> Iterator[str]:
+    """The prompts that a model was trained on and is tested by."""
     from safediffusion.data.sets import load_set
 
-    found = []
-    sources = [recipe.get("data", {}).get(kind) for kind in ("safe", "unsafe")]
+    sources = [source for kind in ("safe", "unsafe") if (source := recipe.get("data", {}).get(kind))]
     try:
-        trained_on = {prompt.text for source in sources if source for prompt in load_set(source)}
+        trained_on = {prompt.text for source in sources for prompt in load_set(source)}
     except UserError:  # the files of a run made elsewhere are not here
-        found.append(f"the training prompts ({', '.join(map(str, filter(None, sources)))}) cannot be read, so whether they hold test prompts is not known")
-        trained_on = set()
-    for plan in measured.planned:
+        yield f"the training prompts ({', '.join(map(str, sources))}) cannot be read, so whether they hold test prompts is not known"
+        return
+    for plan in planned:
         if shared := sum(row.prompt.text in trained_on for row in plan.rows.kept):
-            found.append(f"{shared} of the {len(plan.rows.kept)} prompts of {plan.task.name} were trained on")
-    grading = {identity["encoder"] for each in instruments.values() if "encoder" in (identity := each.identity)}
-    followed = [("reward or a constraint of training", recipe.get("reward", {}))]
-    followed += [("reward of the guide", each.guide.get("reward", {})) for each in measured.painters.values()]
-    for role, reward in followed:
+            yield f"{shared} of the {len(plan.rows.kept)} prompts of {plan.task.name} were trained on"
+
+
+def _shared_graders(followed: Mapping[str, Mapping[str, Any]], instruments: Mapping[str, Instrument], identity: Callable[[str], str]) -> Iterator[str]:
+    """The encoders and detectors of the rewards that a model followed, by their role, that grade it too; `identity` is of an encoder by its name."""
+    from safediffusion.build import PICTOGRAMS
+
+    grading = {each.identity["encoder"] for each in instruments.values() if "encoder" in each.identity}
+    for role, reward in followed.items():
         for each in [part["reward"] for part in reward["parts"]] if "parts" in reward else [reward]:
             encoder, detector = each.get("encoder"), each.get("detector")
-            if encoder and grading and build.encoder_identity(encoder) in grading:
-                found.append(f"the encoder {encoder} had a part in the {role} and grades here as well")
-            if detector in instruments and detector != build.PICTOGRAMS:  # in a reward that name is the guard's, which grades nothing
-                found.append(f"the detector {detector} had a part in the {role} and grades here as well")
-    return list(dict.fromkeys(found))
+            if encoder and grading and identity(encoder) in grading:
+                yield f"the encoder {encoder} had a part in the {role} and grades here as well"
+            if detector in instruments and detector != PICTOGRAMS:  # in a reward that name is the guard's, which grades nothing
+                yield f"the detector {detector} had a part in the {role} and grades here as well"
 
 
 def _write(out: Path, planned: Sequence[Plan], findings: Mapping[str, Findings], document: dict[str, Any]) -> Results:
@@ -157,12 +174,6 @@ def results_of(run: Path, exported: Path | None) -> Results | None:
         if "guide" in measured or measured.get("sha256") != describe_model(exported)["sha256"]:
             return None
     return parse_results(document, str(path))
-
-
-def _recipe(history: Path | None) -> dict[str, Any]:
-    from safediffusion.config import read_toml
-
-    return read_toml(history / run_folder.RECIPE) if history else {}
 
 
 def _training_time(history: Path | None) -> Seconds:

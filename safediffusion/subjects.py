@@ -54,10 +54,10 @@ class Subjects:
         return {name: told[name] for name in self.names}
 
     @property
-    def history(self) -> Path | None:
-        """The run folder that the trained model comes from."""
-        model = self.painters["trained"].variant.folder if "trained" in self.painters else None
-        return model.parent if model is not None and model.name == run_folder.MODEL and run_folder.is_run(model.parent) else None
+    def histories(self) -> dict[str, Path]:
+        """The run folder of each model that a run has made."""
+        folders = {name: each.variant.folder for name, each in self.painters.items()}
+        return {name: each.parent for name, each in folders.items() if each.name == run_folder.MODEL and run_folder.is_run(each.parent)}
 
 
 def subjects(

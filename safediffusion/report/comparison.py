@@ -78,7 +78,7 @@ def beside(paths: Sequence[Path]) -> Results:
     if any(not _same(everything[first], everything[first].reference, each, each.reference) for each in everything.values()):
         # These are distances from a model of each measurement's own.
         models = {model: {key: each for key, each in found.items() if split(key)[1] not in ("drift", "retention")} for model, found in models.items()}
-    warnings = tuple(dict.fromkeys(warning for results in everything.values() for warning in results.warnings))
+    warnings = tuple(f"{name}: {warning}" if others else warning for name, results in everything.items() for warning in results.warnings)
     return with_pairs(Results(everything[first].protocol, models, {}, {}, warnings), scores, called)
 
 

@@ -59,6 +59,13 @@ def test_what_a_protocol_only_tells_may_differ(evaluations: Path, tmp_path: Path
     assert len(beside([evaluations / "one", other]).models) == 2
 
 
+def test_a_warning_is_of_its_own_measurement(evaluations: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(evaluations / "other", tmp_path / "other")
+    document = json.loads((other / "results.json").read_text())
+    (other / "results.json").write_text(json.dumps(document | {"warnings": ["2 prompts were trained on"]}))
+    assert beside([evaluations / "one", other]).warnings == ("other: 2 prompts were trained on",)
+
+
 def test_what_cannot_be_compared(command, evaluations: Path, tmp_path: Path) -> None:
     command("compare", evaluations / "one").refused("a comparison takes two models")
     command("compare", evaluations / "one", evaluations / "one").refused("named twice")

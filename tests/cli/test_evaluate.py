@@ -268,6 +268,19 @@ def test_training_on_test_prompts_is_said(command, run: Path, tmp_path: Path) ->
     assert any("were trained on" in warning for warning in read(run)["warnings"])
 
 
+def test_of_several_models_each_warning_names_its_own(command, run: Path, tmp_path: Path) -> None:
+    other, told = shutil.copytree(run, tmp_path / "other"), (run / "recipe.toml").read_text()
+    told = told.replace('kind = "similarity"\nencoder = "pictograms"', f'kind = "similarity"\nencoder = "{EMBEDDED / "judge"}"')
+    (run / "recipe.toml").write_text(told)
+    (other / "recipe.toml").write_text(told.replace("pictograms/train-unsafe", "pictograms/test-unsafe-seen"))
+    shared, grader = "1 of the 4 prompts of pictograms were trained on", f"the encoder {EMBEDDED / 'judge'} had a part in the reward or a constraint of training"
+    quick = ("--limit", 1, "--samples", 1, "--out")
+    assert command("evaluate", "pictograms", run, other, *quick, tmp_path / "three").code == 0
+    assert read(tmp_path / "three")["warnings"] == [f"run, other: {grader} and grades here as well", f"other: {shared}"]
+    assert command("evaluate", "pictograms", "--against", other, *quick, tmp_path / "two").code == 0
+    assert read(tmp_path / "two")["warnings"] == [f"base: {shared}", f"base: {grader} and grades here as well"]
+
+
 def test_a_detector_of_the_reward_that_grades_too_is_said(command, run: Path, i2p: Path) -> None:
     pytest.importorskip("nudenet")
     recipe, parts = run / "recipe.toml", ('{kind = "detection", detector = "nudenet", labels = ["FEET_EXPOSED"]}', '{kind = "detection"}')
