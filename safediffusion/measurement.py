@@ -59,7 +59,7 @@ def measure(
     from safediffusion.instrumentation import instrument
 
     began, out, extent, at = Seconds.now(), Path(out), extent or run.Extent(), build.device(device)
-    measured = subjects(model, against, images, run.plans(choose(tasks), extent), guide, at, extent.held)
+    measured = subjects(model, against, images, run.plans(choose(tasks), extent), guide, at, extent)
     histories = measured.histories
     history, recipes = histories.get("trained"), {name: read_toml(folder / run_folder.RECIPE) for name, folder in histories.items()}
     ranks.from_main(lambda: _check_folder(out, history))

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
     from safediffusion.evaluate.painter import Painter
     from safediffusion.evaluate.pictures import Stored
-    from safediffusion.evaluate.run import Plan
+    from safediffusion.evaluate.run import Extent, Plan
     from safediffusion.guided import GuideSettings
-    from safediffusion.policies.settings import Held
 
 Names = Path | str | Sequence[Path | str]
 
@@ -67,7 +66,7 @@ def subjects(
     planned: tuple[Plan, ...],
     guide: GuideSettings | None,
     device: torch.device,
-    held: Held,
+    extent: Extent,
 ) -> Subjects:
     """Who paints, and what was painted elsewhere. A guide steers the models under test, and never `against`."""
     from safediffusion.evaluate.given import given
@@ -76,15 +75,16 @@ def subjects(
 
     models = [model] if isinstance(model, (str, Path)) else list(model)
     names = _named(models, against, images, guide is not None)
-    painters = {name: Painter(variant(str(each), locate), held=held) for name, each in names.items() if each not in images}
-    if held.changed and not painters:
-        asked = " and ".join(f"--{name.replace('_', '-')}" for name in held.changed)
+    painters = {name: Painter(variant(str(each), locate), held=extent.held) for name, each in names.items() if each not in images}
+    changed = [*extent.held.changed, *(["seed"] if extent.seed is not None else [])]
+    if changed and not painters:
+        asked = " and ".join(f"--{name.replace('_', '-')}" for name in changed)
         raise UserError(f"{asked} is of a model that paints, and --images are painted already; name a MODEL, or leave it out")
     if guide is not None:
         if not models:
             raise UserError("--guide steers a model while it paints, and --images are painted already; name a MODEL, or leave --guide out")
         painters = {name: each if against is not None and name == "base" else _under(guide, each, device) for name, each in painters.items()}
-    folders = {name: given(Path(each), planned) for name, each in names.items() if each in images}
+    folders = {name: given(Path(each), planned, extent) for name, each in names.items() if each in images}
     agreed = _agreed(planned, {name: plans for name, (plans, _) in folders.items()}, bool(painters))
     return Subjects(names, painters, {name: stored for name, (_, stored) in folders.items()}, agreed)
 
@@ -118,7 +118,9 @@ def _agreed(planned: tuple[Plan, ...], given: Mapping[str, tuple[Plan, ...]], pa
     every = [*([planned] if painting else []), *given.values()]
     for other in every[1:]:
         for one, two in zip(every[0], other, strict=True):
-            if (one.rows.sha256, one.task.painting.samples) != (two.rows.sha256, two.task.painting.samples):
+            if one.rows.sha256 != two.rows.sha256:
+                raise UserError(f"{one.task.name}: not all pictures given say which prompts they are of; write a manifest.csv for each folder, or measure each alone")
+            if one.task.painting.samples != two.task.painting.samples:
                 raise UserError(
                     f"{one.task.name}: the pictures given are not as many for each prompt as the others ({two.task.painting.samples} and {one.task.painting.samples}); "
                     "measure them on their own, or set --samples"

@@ -85,7 +85,7 @@ def _worst(marks: Sequence[Mapping[str, _Marks]]) -> list[tuple[int, int, int]]:
 
 def _row(plan: Plan, place: int, sample: int, findings: Mapping[str, Findings], marks: Mapping[str, _Marks], folder: Path) -> dict[str, Any]:
     row, task = plan.rows.kept[place], plan.task
-    seed = row.seed if task.painting.seed == "row" else task.painting.seed
+    seed = (row.seed if task.painting.seed == "row" else task.painting.seed) if plan.painted else None
     group = {"safe": "benign", "implicit": "implicit"}.get(row.group, "unsafe" if row.prompt.unsafe else "benign")
     about: dict[str, Any] = {"prompt": row.prompt.text, "seed": seed, "group": group}
     for model, found in findings.items():

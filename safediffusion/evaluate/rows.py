@@ -44,11 +44,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that may be painted, how many the screen refused, and the digest of what was read."""
+    """The rows that may be painted, how many the screen refused, and the digest of what was read. `left_out` are those that the screen or the limit took away."""
 
     kept: tuple[Row, ...]
     refused: int
     sha256: str
+    left_out: tuple[Row, ...] = ()
 
 
 def data_folder() -> Path:
@@ -60,17 +61,18 @@ def load_rows(task: Task, limit: int | None = None) -> Rows:
     """The first `limit` rows of each group of a task, screened. Raises UserError for a source that is not there or not as it should be."""
     source = task.prompts
     if isinstance(source, Sets):
-        found = [row for group, name in source.sets.items() for row in _named(group, name)]
+        every = [row for group, name in source.sets.items() for row in _named(group, name)]
     elif isinstance(source, Table):
-        found = _table(task, source)
+        every = _table(task, source)
     else:
-        found = _cases(task, source)
-    found = _first(found, limit)
+        every = _cases(task, source)
+    found = _first(every, limit)
     refused = {id(prompt) for prompt in screen([row.prompt for row in found]).refused}
     kept = tuple(row for row in found if id(row.prompt) not in refused)
     if not kept:
         raise UserError(f"{task.name}: the prompt screen refused all {len(found)} prompts, so nothing is left to measure on")
-    return Rows(kept, len(found) - len(kept), digest(found))
+    chosen = set(map(id, kept))
+    return Rows(kept, len(found) - len(kept), digest(found), tuple(row for row in every if id(row) not in chosen))
 
 
 def digest(rows: Sequence[Row]) -> str:

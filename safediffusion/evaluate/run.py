@@ -51,10 +51,11 @@ class Extent:
 
 @dataclass(frozen=True)
 class Plan:
-    """A task with its rows, as it is going to be measured."""
+    """A task with its rows, as it is going to be measured; `painted` says whether a model paints for it, or all its pictures were made elsewhere."""
 
     task: Task
     rows: Rows
+    painted: bool = True
 
     @property
     def count(self) -> int:
@@ -112,6 +113,7 @@ def _protocol(plan: Plan, instruments: Mapping[str, Instrument], extent: Extent)
     told = TypeAdapter(Task).dump_python(plan.task, mode="json")
     files = {name: each for name, each in plan.task.measures.items() if isinstance(each, Frechet) and each.reference}
     references = {name: sha256(located(each.reference, name, how=each.how)) for name, each in files.items()}
+    painting = told["painting"] if plan.painted else {"samples": plan.task.painting.samples}  # how others have painted is not known
     return {
         "id": plan.task.id,
         **{name: told[name] for name in ("title", "licence", "citation", "known")},
@@ -119,7 +121,7 @@ def _protocol(plan: Plan, instruments: Mapping[str, Instrument], extent: Extent)
         "prompts": groups,
         "prompts_sha256": plan.rows.sha256,
         "refused": plan.rows.refused,
-        **{f"painting/{name}": value for name, value in told["painting"].items()},
+        **{f"painting/{name}": value for name, value in painting.items()},
         **{f"painting/{name}": value for name, value in extent.held.facts.items()},
         "measures": told["measures"],
         **({"references": references} if references else {}),

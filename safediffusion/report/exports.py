@@ -43,7 +43,7 @@ def markdown_parts(results: Results) -> list[str]:
     if asked := doubts(results):
         parts.append("\n".join(f"> **Warning:** {doubt}" for doubt in asked))
     parts += [markdown_table(results), f"Values with 95 % intervals, measured by protocol `{results.protocol_id}`. {correction(results)}".rstrip()]
-    return parts + [_sheet(sheet(name, told, results.guides)) for name, told in results.tasks.items()]
+    return parts + [_sheet(sheet(name, told, results.guides, results.given)) for name, told in results.tasks.items()]
 
 
 def latex(runs: Sequence[Run]) -> str:

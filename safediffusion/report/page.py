@@ -82,7 +82,7 @@ def _section(run: Run, identity: str) -> dict[str, Any]:
         "plane": _markup([draw_plane(probes, f"{identity}-plane", joined=True)] if len(probes.points) > 1 else []),
         "direction": run.direction,
         "direction_figures": _markup(figures.direction_figures(run.direction or {}, identity)),
-        "sheets": [sheet(name, told, results.guides) for name, told in results.tasks.items()],
+        "sheets": [sheet(name, told, results.guides, results.given) for name, told in results.tasks.items()],
         "protocol": _flat(results.protocol),
         "facts": _flat({key: value for key, value in results.run.items() if key not in ("recipe", "command")}),
         "recipe": json.dumps(results.run["recipe"], indent=2) if results.run.get("recipe") else "",

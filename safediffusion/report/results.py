@@ -48,6 +48,13 @@ class Results:
         return {name: each["guide"] for name, each in told if isinstance(each, dict) and isinstance(each.get("guide"), dict)}
 
     @property
+    def given(self) -> list[str]:
+        """What stands under a model's name and is a folder of pictures that were made elsewhere."""
+        models = self.run.get("models")
+        told = models.items() if isinstance(models, dict) else ()
+        return [name for name, each in told if isinstance(each, dict) and each.get("pipeline") == "pictures"]
+
+    @property
     def reference(self) -> str:
         """The model that changes are measured against."""
         return "base" if "base" in self.models else next(iter(self.models))

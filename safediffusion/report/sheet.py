@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -18,14 +18,18 @@ class Sheet:
     known: dict[str, str]
 
 
-def sheet(name: str, told: Mapping[str, Any], guides: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> Sheet:
-    """The sheet of one task from its protocol in results.json, with the guides by model; what is not told there is left out."""
+def sheet(name: str, told: Mapping[str, Any], guides: Mapping[str, Mapping[str, Any]] = MappingProxyType({}), given: Sequence[str] = ()) -> Sheet:
+    """The sheet of one task from its protocol in results.json, with the guides by model; what is not told there is left out.
+
+    `given` are those whose pictures were made elsewhere: the settings of painting are not theirs.
+    """
     prompts = told.get("prompts")
     painting = {key.removeprefix("painting/"): value for key, value in told.items() if key.startswith("painting/")}
     instruments = told.get("instruments")
     lines = {
         "Prompts": _prompts(prompts, told.get("refused"), told.get("limit")) if isinstance(prompts, dict) else "",
         "Pictures": _painting(painting),
+        "Made elsewhere": f"the pictures of {', '.join(given)}; how they were painted is not known here" if given else "",
         "Guided while painting": "; ".join(f"{model}, by {_guide(guide)}" for model, guide in guides.items()),
         "Judged by": ", ".join(map(str, instruments)) if isinstance(instruments, dict) else "",
         "Licence": str(told.get("licence") or ""),
