@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from safediffusion.cli import options
+
+if TYPE_CHECKING:
+    from safediffusion.types import Prompt
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -58,24 +62,17 @@ def command(
 
     from safediffusion import build
     from safediffusion.cli.terminal import pictures_at_once, progress_columns, progress_console
-    from safediffusion.data.prompts import read_prompts, text_of
+    from safediffusion.data.prompts import read_prompts
     from safediffusion.errors import UserError
     from safediffusion.generation import Setting, generate
     from safediffusion.guided import load_guide
     from safediffusion.policies.settings import Held
     from safediffusion.policies.variant import variant
     from safediffusion.subjects import locate
-    from safediffusion.types import Prompt
 
     if prompts is None and not prompt:
         raise UserError('there is nothing to paint; give --prompt "..." or --prompts FILE')
-    if any(not text.strip() for text in prompt or ()):
-        raise UserError("--prompt is empty; say what to paint")
-    try:
-        own = [Prompt(text_of(text)) for text in prompt or ()]
-    except ValueError as error:
-        raise UserError(f"--prompt: {error}") from None
-    asked = [*own, *(read_prompts(prompts) if prompts else ())]
+    asked = [*_own(prompt or ()), *(read_prompts(prompts) if prompts else ())]
     batch = pictures_at_once(batch_size)
     setting = Setting(steps, guidance, size, Held(dtype, quantise, text_encoders), load_guide(guide, guide_set or ()))
     at = build.device(device)  # first: under a launcher it finds the other processes, and one of them converts for all
@@ -85,3 +82,17 @@ def command(
     typer.echo(f"{out} holds {done.painted + done.there_before} pictures: {done.painted} new, {done.there_before} there before")
     if done.refused:
         typer.echo(f"{done.refused} of {len(asked)} prompts were refused by the prompt screen")
+
+
+def _own(texts: Sequence[str]) -> list[Prompt]:
+    """The prompts of the command line."""
+    from safediffusion.data.prompts import text_of
+    from safediffusion.errors import UserError
+    from safediffusion.types import Prompt
+
+    if any(not text.strip() for text in texts):
+        raise UserError("--prompt is empty; say what to paint")
+    try:
+        return [Prompt(text_of(text)) for text in texts]
+    except ValueError as error:
+        raise UserError(f"--prompt: {error}") from None

@@ -109,7 +109,7 @@ RECIPE: dict[str, Any] = {
         ({"algorithm": {"kind": "dpo", "dataset": "pairs", "group": 2}}, "none are painted"),
         ({"algorithm": {"kind": "refl"}}, "'refl' scores what a step foresees; constrain \"kl\""),
         ({"algorithm": {"kind": "draft", "copies": 1}}, "algorithm.copies paints others; set it to 0"),
-        ({"reward": {"kind": "combined", "parts": [{"name": "drift", "reward": {"kind": "jpeg"}}]}}, "a part of the reward is called so as well"),
+        ({"reward": {"kind": "combined", "parts": [{"name": "drift", "reward": {"kind": "jpeg"}}]}}, "'drift' is what metrics and constraints call something else"),
     ],
 )
 def test_what_cannot_be_bounded_is_refused_before_training(tables: dict, message: str) -> None:
