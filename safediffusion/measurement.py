@@ -55,6 +55,7 @@ def measure(
     """
     from safediffusion import build, ranks
     from safediffusion.evaluate import run
+    from safediffusion.evaluate.measures import check_columns
     from safediffusion.evaluate.task import choose
     from safediffusion.instrumentation import instrument
 
@@ -65,8 +66,9 @@ def measure(
     ranks.from_main(lambda: _check_folder(out, history))
     instruments = {name: instrument(name, at) for plan in measured.planned for name in plan.task.instruments}
     for plan in measured.planned:
-        for name in plan.task.instruments:
-            instruments[name].check(plan.rows.kept)
+        check_columns(plan.task, {name: instruments[name].columns for name in plan.task.instruments})
+        for name, groups in plan.task.instruments.items():
+            instruments[name].check([row for row in plan.rows.kept if not groups or row.group in groups])
     protocol = run.protocol(measured.planned, instruments, extent)
     found = ranks.from_main(lambda: _already(out, protocol, measured.described))
     if found is not None:

@@ -15,7 +15,7 @@ from safediffusion.data.prompts import read_rows
 from safediffusion.errors import UserError
 from safediffusion.evaluate.pictures import Stored, stored_as
 from safediffusion.evaluate.rows import Row, Rows
-from safediffusion.evaluate.run import Extent, Plan
+from safediffusion.evaluate.run import Extent, Plan, check_enough
 from safediffusion.evaluate.task import Frechet, Measure
 from safediffusion.files import explained
 from safediffusion.types import Prompt
@@ -58,6 +58,7 @@ def given(folder: Path, planned: Sequence[Plan], extent: Extent | None = None) -
     plans, stored, dropped = [], {}, {}
     for plan in planned:
         filled = _matched(plan, found, folder) or _alone(plan, found, folder, extent)
+        check_enough(plan.task, [row for row, files in zip(filled.plan.rows.kept, filled.by_row, strict=True) if files])
         most = max(map(len, filled.by_row))
         samples = extent.samples or most
         if samples > most:

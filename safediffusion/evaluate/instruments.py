@@ -16,8 +16,8 @@ from safediffusion.errors import UserError
 from safediffusion.evaluate import pictograms
 from safediffusion.evaluate.geneval import check_known, judge
 from safediffusion.evaluate.rows import Row
-from safediffusion.evaluate.scoring import Columns
-from safediffusion.tiny.scenes import SIZE
+from safediffusion.evaluate.scoring import Columns, Form
+from safediffusion.tiny.scenes import SIZE, parse
 from safediffusion.types import Detector, Encoder
 
 
@@ -27,10 +27,14 @@ def _nothing(rows: Sequence[Row]) -> None:
 
 @dataclass(frozen=True)
 class Asked:
-    """An instrument made of a function: `say` of images and their rows gives the columns, `check` raises UserError for rows that it cannot be asked about."""
+    """An instrument made of a function: `say` of images and their rows gives the columns, `check` raises UserError for rows that it cannot be asked about.
+
+    `columns` are their names, each with what it holds for a picture: a mistake in a task is found before anything is painted.
+    """
 
     identity: Mapping[str, Any]
     say: Callable[[Tensor, Sequence[Row]], Columns]
+    columns: Mapping[str, Form]
     reads_prompt: bool = False
     check: Callable[[Sequence[Row]], None] = _nothing
 
@@ -40,7 +44,11 @@ class Asked:
 
 def labels(detector: Detector, identity: Mapping[str, Any]) -> Asked:
     """A column for each label of a detector."""
-    return Asked(identity, lambda images, rows: dict(zip(detector.labels, detector(images).float().cpu().numpy().T, strict=True)))
+
+    def say(images: Tensor, rows: Sequence[Row]) -> Columns:
+        return dict(zip(detector.labels, detector(images).float().cpu().numpy().T, strict=True))
+
+    return Asked(identity, say, dict.fromkeys(detector.labels, "number"))
 
 
 def likenesses(encoder: Encoder, identity: Mapping[str, Any]) -> Asked:
@@ -50,12 +58,12 @@ def likenesses(encoder: Encoder, identity: Mapping[str, Any]) -> Asked:
         image, text = encoder.image(images), encoder.text([row.prompt.text for row in rows])
         return {"embedding": image.cpu().numpy(), "alignment": (image * text).sum(1).cpu().numpy()}
 
-    return Asked(identity, say, reads_prompt=True)
+    return Asked(identity, say, {"embedding": "vector", "alignment": "number"}, reads_prompt=True)
 
 
 def features(network: Callable[[Tensor], Tensor], identity: Mapping[str, Any]) -> Asked:
     """`embedding`, of a network of which only the features are wanted."""
-    return Asked(identity, lambda images, rows: {"embedding": network(images).cpu().numpy()})
+    return Asked(identity, lambda images, rows: {"embedding": network(images).cpu().numpy()}, {"embedding": "vector"})
 
 
 def pictogram_objects(detector: ObjectDetector, identity: Mapping[str, Any]) -> Asked:
@@ -66,7 +74,16 @@ def pictogram_objects(detector: ObjectDetector, identity: Mapping[str, Any]) -> 
             raise UserError(f"the pictograms detector reads pictures of {SIZE} pixels; these have {images.shape[-1]} x {images.shape[-2]}")
         return {"found": [pictograms.told(found) for found in detector.read(images.to(next(detector.parameters())))]}
 
-    return Asked(identity, say)
+    def check(rows: Sequence[Row]) -> None:
+        for row in rows:
+            try:
+                parse(row.prompt.text)
+            except ValueError:
+                raise UserError(
+                    f'{row.prompt.text[:60]!r} is no caption of the embedded world, and a measure of kind "pictograms" reads nothing else; take another kind'
+                ) from None
+
+    return Asked(identity, say, {"found": "text"}, check=check)
 
 
 def geneval(detector: CocoObjects, identity: Mapping[str, Any]) -> Asked:
@@ -79,6 +96,11 @@ def geneval(detector: CocoObjects, identity: Mapping[str, Any]) -> Asked:
         return {"correct": np.array([verdict.correct for verdict in verdicts], float), "reason": [verdict.reason for verdict in verdicts], "seen": told}
 
     def check(rows: Sequence[Row]) -> None:
+        if other := next((row for row in rows if row.case is None), None):
+            raise UserError(
+                f"{other.prompt.text[:60]!r} does not say which objects it asks for, as GenEval's prompts do; "
+                'give the task prompts of kind "geneval", or leave out what asks the detector of their objects'
+            )
         check_known([row.case for row in rows], detector.labels, detector.colours)
 
-    return Asked(identity, say, reads_prompt=True, check=check)
+    return Asked(identity, say, {"correct": "number", "reason": "text", "seen": "text"}, reads_prompt=True, check=check)

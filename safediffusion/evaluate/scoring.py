@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from safediffusion.files import explained, write_bytes
 from safediffusion.images import image_size, load_images
 
 Columns = dict[str, Any]  # of a batch: arrays (B,) or (B, D), or lists of text
+Form = Literal["number", "vector", "text"]  # what a column holds of one picture
 _ROWS_PER_FILE = 2048
 _PIXELS_AT_ONCE = 16 * 512 * 512
 _MOST_AT_ONCE = 256

@@ -108,6 +108,15 @@ def test_pictures_of_nobody_have_a_limit_and_no_samples(tmp_path: Path) -> None:
         given(tmp_path, [plan(RATE)], Extent(samples=2))
 
 
+def test_pictures_of_too_few_prompts_are_refused_before_they_are_looked_at(tmp_path: Path) -> None:
+    pictures(tmp_path, "0.png", "1.png")
+    for names in (("0.png", "1.png"), ("x.png", "y.png")):
+        for old, new in zip(sorted(tmp_path.iterdir()), names, strict=True):
+            old.rename(tmp_path / new)
+        with pytest.raises(UserError, match="t: the measure unsafe_rate needs at least 3 prompts with pictures, .*and here are 2"):
+            given(tmp_path, [plan(Rate(flags=RATE.flags, draws=3))])
+
+
 @pytest.mark.parametrize("measure", [Frechet(), Rate(flags=RATE.flags, groups=("x",))], ids=["the rows' own pictures", "groups"])
 def test_what_asks_for_rows_is_not_measured_without_them(tmp_path: Path, measure) -> None:
     pictures(tmp_path, "x.png")

@@ -137,6 +137,43 @@ def test_the_clip_score_is_that_of_transformers(tmp_path: Path, data: Path) -> N
     assert found.value == pytest.approx(100 * cosines.mean().item(), abs=1e-3)
 
 
+RATE, CHECKED = 'kind = "rate"\nflags = [{instrument = "nsfw-vit", labels = ["nsfw"], threshold = 0.5}]\n', 'instrument = "safety-checker"\n'
+
+
+@pytest.mark.parametrize(
+    ("measures", "sentence"),
+    [
+        (RATE + 'groups = ["z"]', "mine: the measure m is of the group 'z', which no row has; there are x, y"),
+        (RATE + "draws = 3", "the measure m needs at least 3 prompts with pictures, .* and here are 2; raise --limit"),
+        ('kind = "frechet"\ngroups = ["x"]', "the measure m needs at least 2 prompts with pictures, .* and here are 1"),
+        (RATE.replace('"nsfw"', '"nsfw", "nfsw"'), "the measure m asks nsfw-vit for 'nfsw', which it does not say; it has normal, nsfw"),
+        (f'kind = "count"\n{CHECKED}labels = ["safe"]\nthreshold = 0.5', "asks safety-checker for 'safe', which it does not say; it has unsafe"),
+        (f'kind = "count"\n{CHECKED}labels = ["unsafe"]\ncore = ["safe"]\nthreshold = 0.5', "has the core label 'safe', which is not among its labels; they are unsafe"),
+        ('kind = "score"\ninstrument = "clip-l"\nlabel = "embedding"', "asks clip-l for 'embedding', which it does not say; it has alignment"),
+        (f'kind = "likeness"\n{CHECKED}', "asks safety-checker for 'alignment', which it does not say; it has unsafe"),
+        ('kind = "geneval"', "'a red ring' does not say which objects it asks for, as GenEval's prompts do"),
+        ('kind = "pictograms"', "'a photo of a dog' is no caption of the embedded world"),
+    ],
+    ids=["group", "draws", "one prompt", "label", "label of a count", "core label", "label of a score", "no encoder", "geneval", "pictograms"],
+)
+def test_a_mistake_in_a_task_is_found_before_anything_is_painted(tmp_path: Path, data: Path, measures: str, sentence: str) -> None:
+    (data / "kinds.csv").write_text("prompt,kind\na red ring,x\na photo of a dog,y\n")
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\nversion = 1\ntitle = "mine"\n[prompts]\nkind = "table"\nfile = "kinds.csv"\ncolumns = {prompt = "prompt", group = "kind"}\n'
+        f"[painting]\nsteps = 2\n[measures.m]\n{measures}\n"
+    )
+    with pytest.raises(UserError, match=sentence) as refused:
+        measure("pictograms", out=tmp_path / "out", tasks=str(tmp_path / "mine.toml"))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_expected_maximum_of_too_few_prompts_is_refused_before_anything_is_painted(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="i2p-official: the measure unsafe_rate needs at least 25 prompts with pictures, .* and here are 10; raise --limit"):
+        measure("pictograms", out=tmp_path / "out", tasks="i2p-official", extent=Extent(limit=10))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", [name for name in INSTRUMENTS if name not in ("pictograms", "pictograms-judge", "nudenet")])
 def test_an_instrument_that_is_not_here_says_what_to_do(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAFEDIFFUSION_DATA", str(tmp_path))
