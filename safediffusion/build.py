@@ -35,7 +35,7 @@ from safediffusion.process.settings import ProcessSettings
 from safediffusion.recipe import Recipe, check, is_probed
 from safediffusion.rewards.calibrate import accuracy_rows, calibrate_alpha, measure_direction
 from safediffusion.rewards.callable import CallableReward, CallableSettings, load_callable
-from safediffusion.rewards.combined import CombinedReward, CombinedSettings, Member, Single
+from safediffusion.rewards.combined import CombinedReward, CombinedSettings, Member, Single, parts_of
 from safediffusion.rewards.detection import DetectionReward, DetectionSettings, harmful
 from safediffusion.rewards.direction import Direction, fit_direction
 from safediffusion.rewards.jpeg import JpegReward, JpegSettings
@@ -278,8 +278,7 @@ def identity(recipe: Recipe) -> dict:
     for table, name in (("policy", "shard"), ("policy", "prompt_cache"), ("policy", "gradient_checkpointing"), ("optimizer", "batch")):
         del facts[table][name]
     facts |= {"prompts": {name: prompts_sha256(load_set(name)) for name in (recipe.data.safe, recipe.data.unsafe) if name}}
-    rewards = [part.reward for part in recipe.reward.parts] if isinstance(recipe.reward, CombinedSettings) else [recipe.reward]
-    if own := [name for reward in rewards if (name := str(getattr(reward, "anchors", ""))).endswith(".toml")]:
+    if own := [name for part in parts_of(recipe.reward) if (name := str(getattr(part.reward, "anchors", ""))).endswith(".toml")]:
         facts |= {"anchors": {name: dataclasses.asdict(load_anchors(name)) for name in own}}  # a file of the user's, who may edit it between two sittings
     dataset = _dataset(recipe)
     return facts | {"pairs": preferences_sha256(dataset)} if dataset else facts

@@ -15,7 +15,7 @@ from torch import Tensor
 from safediffusion.errors import UserError
 from safediffusion.evaluate.rows import data_folder
 from safediffusion.hub import EMBEDDED, INSTEAD, verify
-from safediffusion.rewards.combined import CombinedSettings, Single
+from safediffusion.rewards.combined import CombinedSettings, Single, parts_of
 from safediffusion.rewards.detection import DetectionSettings
 from safediffusion.tiny.scenes import SIZE
 
@@ -67,7 +67,7 @@ def own_file(name: str, how: str) -> Path:
 
 def check_guard(options: Single | CombinedSettings, pixels: int) -> None:
     """UserError where the embedded world's guard, which a detection reward has by default, would judge pictures of another world, by their side in pixels."""
-    singles = [part.reward for part in options.parts] if isinstance(options, CombinedSettings) else [options]
+    singles = [part.reward for part in parts_of(options)]
     if pixels != SIZE and any(isinstance(each, DetectionSettings) and each.detector == "pictograms" for each in singles):
         raise UserError(
             f'the reward of kind "detection" has the detector "pictograms", which reads pictures of {SIZE} pixels of the embedded world, and this model paints {pixels}; '

@@ -55,7 +55,7 @@ def measure(
     """
     from safediffusion import build, ranks
     from safediffusion.evaluate import run
-    from safediffusion.evaluate.measures import check_columns
+    from safediffusion.evaluate.beforehand import check_columns
     from safediffusion.evaluate.task import choose
     from safediffusion.instrumentation import instrument
 

@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from safediffusion import ranks
 from safediffusion.algorithms.card import require_units
 from safediffusion.algorithms.noising import Pictures, base, noised, said
+from safediffusion.algorithms.objective import part as part_of
 from safediffusion.algorithms.update import Learner
 from safediffusion.errors import UserError
+from safediffusion.rewards.scores import check_gradient
 from safediffusion.rollout import DRIFT, Rollout, chunks, with_drift
 from safediffusion.types import Prompt
 
@@ -87,13 +89,16 @@ def ascend(algorithm: Climbing, learner: Learner, rolled: Rollout, paint: Paint,
     pictures, totals = Pictures.of(rolled, algorithm.group), torch.zeros(2, device=rolled.scores.total.device)
     pull = learner.pull(pictures.unsafe, algorithm.benign_kl, algorithm.unsafe_kl)[rolled.mine]
 
+    followed = ("total", *(each.cost for each in learner.objective.constraints if each.cost not in ("kl", DRIFT)))
+
     def losses() -> Iterator[Tensor]:
         share = 1 / len(rolled)
         for part in chunks(len(rolled.mine), learner.batch):
             prompts = [rolled.prompts[i] for i in rolled.mine[part].tolist()]
             for clean in paint(part):
                 scores = learner.reward(learner.policy.sketch(clean), prompts)
-                learner.objective.check_gradient(scores)
+                for name in followed:
+                    check_gradient(part_of(scores, name), f"the reward's {name}")
                 if rolled.base is not None:
                     scores = with_drift(scores, clean, rolled.base[part], prompts)
                 loss = -learner.utility(scores, prompts).sum() * share / looks

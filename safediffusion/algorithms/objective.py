@@ -113,12 +113,6 @@ class Objective:
                 value = value - float(weight[i]) * self._cost(i, scores) * mask(prompts, constraint.about, device)
         return value
 
-    def check_gradient(self, scores: Scores) -> None:
-        """Raises UserError where the total or a constrained part of scores, which `utility` is to be differentiated by, has no gradient."""
-        for name in ("total", *(constraint.cost for constraint in self.constraints)):
-            if name not in ("kl", DRIFT) and not part(scores, name).requires_grad:
-                raise UserError(f"the reward's {name} has no gradient to the pictures, though it was said to have one; compute it in PyTorch, without detach() or item()")
-
     def pull(self, memory: State) -> float:
         """What a constraint on "kl" adds to the weight of the KL in this iteration."""
         return sum(float(weight) for weight, constraint in zip(self._weight(memory), self.constraints, strict=True) if constraint.cost == "kl")

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from safediffusion.data.prompts import read_rows
 from safediffusion.errors import UserError
+from safediffusion.evaluate.beforehand import check_enough
 from safediffusion.evaluate.pictures import Stored, stored_as
 from safediffusion.evaluate.rows import Row, Rows
-from safediffusion.evaluate.run import Extent, Plan, check_enough
+from safediffusion.evaluate.run import Extent, Plan
 from safediffusion.evaluate.task import Frechet, Measure
 from safediffusion.files import explained
 from safediffusion.types import Prompt

@@ -17,7 +17,7 @@ from safediffusion.evaluate import pictograms
 from safediffusion.evaluate.frechet import fid_interval, kid, kid_reach, load_moments, moments
 from safediffusion.evaluate.paired import paired_change
 from safediffusion.evaluate.rows import Row, located
-from safediffusion.evaluate.scoring import Columns, Form
+from safediffusion.evaluate.scoring import Columns
 from safediffusion.evaluate.statistics import Estimate, clustered_rate, expected_maximum, mean_over_prompts, mean_over_strata, sum_over_prompts
 from safediffusion.evaluate.task import Count, Flag, Frechet, Geneval, Likeness, Measure, Rate, Score, Task
 
@@ -104,43 +104,9 @@ class Distance:
         return None
 
 
-def check_columns(task: Task, columns: Mapping[str, Mapping[str, Form]]) -> None:
-    """UserError where a measure asks an instrument for what it does not say; `columns` are those of each instrument. It is known before anything is painted."""
-    for name, measure in task.measures.items():
-        for instrument, column, form in _asks(measure):
-            said = columns[instrument]
-            if said.get(column) != form:
-                fitting = [each for each, holds in said.items() if holds == form] or list(said)
-                raise UserError(f"{task.name}: the measure {name} asks {instrument} for {column!r}, which it does not say; it has {', '.join(fitting)}")
-        if isinstance(measure, Count) and (strange := [label for label in measure.core if label not in measure.labels]):
-            raise UserError(f"{task.name}: the measure {name} has the core label {strange[0]!r}, which is not among its labels; they are {', '.join(measure.labels)}")
-
-
-def _asks(measure: Measure) -> list[tuple[str, str, Form]]:
-    """The columns that a measure reads: instrument, name, and what it has to hold."""
-    if isinstance(measure, Rate):
-        return [(flag.instrument, label, "number") for flag in measure.flags for label in flag.labels]
-    if isinstance(measure, Count):
-        return [(measure.instrument, label, "number") for label in measure.labels]
-    if isinstance(measure, Score):
-        return [(measure.instrument, measure.label, "number")]
-    if isinstance(measure, Likeness):
-        alignment: list[tuple[str, str, Form]] = [(measure.instrument, "alignment", "number")] if "alignment" in measure.measures else []
-        return [*alignment, (measure.instrument, "embedding", "vector")]
-    if isinstance(measure, Frechet):
-        return [(measure.instrument, "embedding", "vector")]
-    return [(measure.instrument, "correct", "number") if isinstance(measure, Geneval) else (measure.instrument, "found", "text")]
-
-
 def measured(task: Task, seen: Seen, base: Seen | None) -> dict[str, Values | Distance]:
     """Every measure of a task by its name in results.json; `drift` needs `base`."""
-    found: dict[str, Values | Distance] = {}
-    for name, measure in task.measures.items():
-        more = _by_kind(name, measure, seen, base)
-        if twice := next((each for each in more if each in found), None):
-            raise UserError(f"{task.name}: measures.{name} gives {twice!r}, which another measure gives as well; leave one of them out")
-        found |= more
-    return found
+    return {key: value for name, measure in task.measures.items() for key, value in _by_kind(name, measure, seen, base).items()}
 
 
 def _at(values: Any, places: Sequence[int]) -> Any:

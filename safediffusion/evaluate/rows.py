@@ -80,7 +80,7 @@ def digest(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         told = [row.id, row.prompt.text, row.prompt.unsafe, row.prompt.task, row.group, row.categories, row.seed, row.guidance, row.width, row.height]
-        if row.image is not None:
+        if row.image is not None and row.image.is_file():  # where one is needed and missing, that is said later
             told.append(sha256(row.image))
         if row.case is not None:
             told.append(repr(row.case))

@@ -16,13 +16,14 @@ import torch
 
 from safediffusion import ranks
 from safediffusion.errors import UserError
+from safediffusion.evaluate.beforehand import check_enough, check_groups, check_references
 from safediffusion.evaluate.measures import Seen, Values, changes, measured
 from safediffusion.evaluate.painter import Painter
 from safediffusion.evaluate.pictograms import check_size
 from safediffusion.evaluate.pictures import Album, Picture, Stored, native_side, paint, pictures_of, stored_as
-from safediffusion.evaluate.rows import Row, Rows, load_rows, located
+from safediffusion.evaluate.rows import Rows, load_rows, located
 from safediffusion.evaluate.scoring import Columns, Instrument, Look, score
-from safediffusion.evaluate.task import Frechet, Measure, Rate, Task
+from safediffusion.evaluate.task import Frechet, Task
 from safediffusion.policies.families import find_family
 from safediffusion.policies.family import Family
 from safediffusion.policies.settings import EXACT, Held
@@ -83,46 +84,11 @@ def plans(tasks: Sequence[Task], extent: Extent) -> tuple[Plan, ...]:
                 raise UserError(f"{task.name} takes the seed of each picture from its row; leave --seed out")
             painting = replace(painting, seed=extent.seed)
         plan = Plan(replace(task, painting=painting), load_rows(task, extent.limit))
-        _check_groups(plan)
+        check_groups(plan.task, plan.rows)
         check_enough(plan.task, plan.rows.kept)
-        _check_references(plan)
+        check_references(plan.task, plan.rows)
         made.append(plan)
     return tuple(made)
-
-
-def _check_groups(plan: Plan) -> None:
-    """UserError for a measure of a group that no row has: of no rows at all it would be NaN."""
-    there = dict.fromkeys(row.group for row in (*plan.rows.kept, *plan.rows.left_out) if row.group)
-    for name, measure in plan.task.measures.items():
-        if unknown := [group for group in measure.groups if group not in there]:
-            mend = f"there are {', '.join(there)}" if there else "its rows have no groups, so leave groups out"
-            raise UserError(f"{plan.task.name}: the measure {name} is of the group {unknown[0]!r}, which no row has; {mend}")
-
-
-def check_enough(task: Task, rows: Sequence[Row]) -> None:
-    """UserError where these rows, which get pictures, are fewer prompts than a measure needs to be counted."""
-    for name, measure in task.measures.items():
-        least, why = _least(measure)
-        if (count := sum(not measure.groups or row.group in measure.groups for row in rows)) < least:
-            mend = "raise --limit, or take more prompts" + (", or set its draws lower" if isinstance(measure, Rate) else "")
-            raise UserError(f"{task.name}: the measure {name} needs at least {least} prompts with pictures, {why}, and here are {count}; {mend}")
-
-
-def _least(measure: Measure) -> tuple[int, str]:
-    if isinstance(measure, Rate):
-        return measure.draws, "of which its expected maximum draws so many"
-    return (2, "for its interval leaves out some in turn") if isinstance(measure, Frechet) else (0, "")
-
-
-def _check_references(plan: Plan) -> None:
-    """UserError for a distance without its other side, before anything is painted."""
-    for measure in plan.task.measures.values():
-        if not isinstance(measure, Frechet):
-            continue
-        if measure.reference:
-            located(measure.reference, plan.task.name, how=measure.how)
-        elif missing := next((row for row in plan.rows.kept if row.image is None or not row.image.is_file()), None):
-            raise UserError(f"{plan.task.name}: the row of {missing.prompt.text[:60]!r} has no picture to compare with ({missing.image or 'none is named'})")
 
 
 def protocol(planned: Sequence[Plan], instruments: Mapping[str, Instrument], extent: Extent) -> dict[str, Any]:

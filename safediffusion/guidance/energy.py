@@ -16,8 +16,9 @@ from torch import Tensor
 from safediffusion.config import Interval, settings
 from safediffusion.errors import UserError
 from safediffusion.guidance.policy import Addressed
-from safediffusion.rewards.combined import CombinedSettings, Part, Single
+from safediffusion.rewards.combined import CombinedSettings, Single, parts_of
 from safediffusion.rewards.detection import DetectionSettings
+from safediffusion.rewards.scores import check_gradient
 from safediffusion.types import Policy, Process, Prompt, Reward
 
 
@@ -37,9 +38,9 @@ class EnergySettings:
 
     def check(self) -> None:
         """Raises UserError for a reward that has no gradient, and for one that would only lead prompts marked unsafe."""
-        combined = self.reward if isinstance(self.reward, CombinedSettings) else CombinedSettings(parts=(Part(name="reward", reward=self.reward),))
-        combined.check()
-        parts = [part for part in combined.parts if part.weight]
+        if isinstance(self.reward, CombinedSettings):
+            self.reward.check()
+        parts = [part for part in parts_of(self.reward) if part.weight]
         if not self.reward.differentiable:
             raise UserError(f"guide.reward: a reward of kind '{self.reward.kind}' has no gradient to be guided by; use one that has, such as \"detection\"")
         if any(getattr(part.reward, "steer", "all") == "unsafe" for part in parts):
@@ -71,8 +72,7 @@ class Energy:
             epsilon = self.process.to_epsilon(output, here if self.through else x, time)
             foreseen = (here - noise * epsilon) / signal
             score = self.reward(policy.sketch(foreseen), [Prompt(text) for text in condition.prompts]).total
-            if not score.requires_grad:
-                raise UserError("guide.reward has no gradient to the pictures, though it was said to have one; compute it in PyTorch, without detach() or item()")
+            check_gradient(score, "guide.reward")
             (uphill,) = torch.autograd.grad(score.sum(), here)
         unit = self.process.to_epsilon(torch.ones_like(x), torch.zeros_like(x), time)  # of e^ per unit of output
         return output.detach() - self.scale * noise * uphill / unit

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safediffusion.evaluate.statistics import Estimate
-from safediffusion.report.metric import Metric, split
+from safediffusion.report.metric import AGAINST_BASE, Metric, split
 from safediffusion.report.results import Results, read_results, with_pairs
 from safediffusion.report.run import Run
 from safediffusion.report.tables import Cell
@@ -77,7 +77,7 @@ def beside(paths: Sequence[Path]) -> Results:
         raise ValueError("a comparison takes two models: name another folder, or evaluate one against the other")
     if any(not _same(everything[first], everything[first].reference, each, each.reference) for each in everything.values()):
         # These are distances from a model of each measurement's own.
-        models = {model: {key: each for key, each in found.items() if split(key)[1] not in ("drift", "retention")} for model, found in models.items()}
+        models = {model: {key: each for key, each in found.items() if split(key)[1] not in AGAINST_BASE} for model, found in models.items()}
     warnings = tuple(f"{name}: {warning}" if others else warning for name, results in everything.items() for warning in results.warnings)
     return with_pairs(Results(everything[first].protocol, models, {}, {}, warnings), scores, called)
 

@@ -80,6 +80,7 @@ KNOWN = (
     Metric("drift", "Drift", False, 0, "distance from the base model's picture at the same seed"),
 )
 _BY_NAME = {known.name: known for known in KNOWN}
+AGAINST_BASE = ("drift", "retention")  # families of distances from the base, which it has none of itself
 # What a user's own task measures under a name of its own is known by its kind.
 _BY_KIND = {"rate": UNSAFE, "count": DETECTIONS, "geneval": GENEVAL, "frechet": FID}
 _WORDS = {

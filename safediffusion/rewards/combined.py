@@ -68,6 +68,11 @@ class CombinedSettings:
             raise UserError("reward.parts: every weight is 0, so there is nothing to learn; give one part a weight")
 
 
+def parts_of(options: Single | CombinedSettings) -> tuple[Part, ...]:
+    """The parts of a reward; a single one is the only part of itself."""
+    return options.parts if isinstance(options, CombinedSettings) else (Part(name="reward", reward=options),)
+
+
 @dataclass(frozen=True, eq=False)
 class Member:
     """One reward among several, and for which prompts it counts how much."""

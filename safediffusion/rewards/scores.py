@@ -27,3 +27,9 @@ def checked(scores: Scores, count: int, component: str) -> Scores:
                 "the pictures or the weights behind it hold NaN: lower the learning rate, or score in float32"
             )
     return scores
+
+
+def check_gradient(values: Tensor, what: str) -> None:
+    """UserError where values that are to be differentiated, `what` they are, came without a gradient: a user's function may have lost it."""
+    if not values.requires_grad:
+        raise UserError(f"{what} has no gradient to the pictures, though it was said to have one; compute it in PyTorch, without detach() or item()")

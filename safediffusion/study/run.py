@@ -24,7 +24,7 @@ from safediffusion.errors import UserError
 from safediffusion.files import check_writable, explained, read_jsonl, read_text, write_text
 from safediffusion.guided import GuideFile, described
 from safediffusion.measurement import PICTURES, SCORES
-from safediffusion.report.metric import metric
+from safediffusion.report.metric import AGAINST_BASE, metric
 from safediffusion.report.results import read_results
 from safediffusion.study.plan import BASE, Job, Study
 from safediffusion.train.log import NAME as METRICS
@@ -32,7 +32,6 @@ from safediffusion.train.run_folder import RESULTS
 
 _POLL = 2.0  # seconds between two looks at how far the runs are
 _TRAINING = 0.9  # of a run's way; the rest is its measurement
-_AGAINST_BASE = ("drift", "retention")  # what the base itself has not
 _CALL = (sys.executable, "-m", "safediffusion.study.child")
 
 
@@ -75,7 +74,8 @@ def carry_out(study: Study, folder: Path, workers: int, moved: Callable[[float, 
                 done, left = wait(left, _POLL)
                 if base in done:
                     base.result()  # without it there is nothing to compare with
-                    _check_drawn(study, folder, drawn)
+                    if drawn:
+                        _check_drawn(study, folder, drawn)
                 for future in done & set(futures):
                     if error := future.exception():
                         failures[futures[future].name] = _told(error)
@@ -112,8 +112,8 @@ def _measure_base(shop: Workshop) -> None:
 
 def _check_drawn(study: Study, folder: Path, drawn: Sequence[str]) -> None:
     base = read_results(folder / BASE)
-    there = [of.name for of in base.metrics() if base.estimate(base.reference, of.name)] if drawn else []
-    if missing := next((name for name in drawn if name not in there and metric(name).family not in _AGAINST_BASE), None):
+    there = [of.name for of in base.metrics() if base.estimate(base.reference, of.name)]
+    if missing := next((name for name in drawn if name not in there and metric(name).family not in AGAINST_BASE), None):
         raise UserError(f"[pareto] draws {missing!r}, which evaluate.tasks = {study.settings.evaluate.tasks!r} does not measure; it has {', '.join(there)}")
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from safediffusion.errors import UserError
 from safediffusion.evaluate import measures
-from safediffusion.evaluate.measures import Seen, measured, retention
+from safediffusion.evaluate.beforehand import check_columns
+from safediffusion.evaluate.measures import Seen, retention
 from safediffusion.evaluate.rows import Row
 from safediffusion.evaluate.task import Likeness
 from safediffusion.types import Prompt
@@ -66,8 +67,10 @@ def test_a_group_has_the_references_of_its_own_rows(samples: int) -> None:
     assert len(found.columns["inception"]["embedding"]) == 3 * samples
 
 
-def test_two_measures_of_one_name_are_refused() -> None:
+def test_two_measures_of_one_name_are_refused_before_anything_is_painted() -> None:
+    said = {"alignment": "number", "embedding": "vector"}
     task = SimpleNamespace(name="mine", measures={"clip": Likeness(instrument="clip"), "pick": Likeness(instrument="pick")})
-    columns = {name: {"alignment": np.ones(4), "embedding": embeddings(2, 2, 0).reshape(4, 8)} for name in ("clip", "pick")}
-    with pytest.raises(UserError, match="mine: measures.pick gives 'diversity', which another measure gives as well"):
-        measured(task, seen("aa", 2, columns), None)
+    with pytest.raises(UserError, match="mine: the measure pick gives '(diversity|drift)', which another gives as well"):
+        check_columns(task, {"clip": said, "pick": said})
+    task.measures["pick"] = Likeness(instrument="pick", measures=("alignment",))
+    check_columns(task, {"clip": said, "pick": said})
