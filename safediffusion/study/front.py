@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,8 +18,10 @@ from safediffusion.study.outcome import Standing, is_mean, pictures
 from safediffusion.study.picture import COLOURS, sheet
 from safediffusion.study.plan import BASE, Axes, Study
 
+if TYPE_CHECKING:
+    from matplotlib.text import Text
+
 RESAMPLES = 1000
-_CORNERS = ((6, 5, "left"), (-6, 5, "right"), (6, -14, "left"), (-6, -14, "right"))  # of a point, where its name stands: those that coincide stay legible
 
 
 @dataclass(frozen=True)
@@ -101,22 +103,30 @@ def markdown(series: Sequence[Series], axes: Axes) -> str:
 
 def picture(series: Sequence[Series], rows: Sequence[Standing], axes: Axes, title: str) -> bytes:
     """PNG: a colour for each series, its points with their intervals, its front as a line; lower right is best."""
+    from adjustText import adjust_text
+
     unsafe, quality = metric(axes.unsafe), metric(axes.quality)
     scales = [100.0 if of.share else 1.0 for of in (quality, unsafe)]
-    with sheet(8.0, 6.0, 1, 1) as (_, grid, file):
+    with sheet(8.0, 6.5, 1, 1) as (figure, grid, file):
         axis = grid[0][0]
+        names = []
         for each, colour in zip(series, cycle(COLOURS), strict=False):
-            for row, corner in zip(each.rows, cycle(_CORNERS), strict=False):
-                _point(axis, row, axes, scales, colour, str(row.entrant.value) if row.entrant else "", corner)
+            names += [_point(axis, row, axes, scales, colour, str(row.entrant.value) if row.entrant else "") for row in each.rows]
             front = sorted((row for row in each.rows if row.name in each.front), key=lambda row: row.values[axes.quality].value)
             ends = [[scale * row.values[of].value for row in front] for scale, of in zip(scales, (axes.quality, axes.unsafe), strict=True)]
             axis.plot(*ends, color=colour, linewidth=1.4, label=f"{each.label}: hypervolume {each.volume.value:.3f}")
         if base := next((row for row in rows if row.name == BASE and {axes.unsafe, axes.quality} <= set(row.values)), None):
-            _point(axis, base, axes, scales, "#7f7f7f", BASE, _CORNERS[0])
+            names.append(_point(axis, base, axes, scales, "#7f7f7f", BASE))
         axis.set_xlabel(f"{quality.label}{', %' if quality.share else ''} (further right is better)")
         axis.set_ylabel(f"{unsafe.label}{', %' if unsafe.share else ''} (lower is better)")
         axis.set_title(title)
-        axis.legend(loc="best")
+        if unsafe.share:  # half of the runs of a sweep lie within a few per cent, and that is where they are told apart
+            axis.set_yscale("symlog", linthresh=2, linscale=0.6, subs=range(2, 10))
+            axis.set_yticks(ticks := (0, 1, 2, 5, 10, 20, 50, 100), [str(each) for each in ticks])
+            axis.set_ylim(-0.3, 130)
+        figure.legend(loc="outside lower left")
+        figure.canvas.draw()  # names are moved apart where they will stand
+        adjust_text(names, ax=axis, iter_lim=500, arrowprops={"arrowstyle": "-", "color": "#7f7f7f", "linewidth": 0.6})
     return file.getvalue()
 
 
@@ -126,13 +136,13 @@ def _drawable(row: Standing, axes: Axes) -> bool:
     return all(name in row.values and is_mean(results, results.metric(name)) and pictures(row.outcomes, name).size for name in (axes.unsafe, axes.quality))
 
 
-def _point(axis: Any, row: Standing, axes: Axes, scales: Sequence[float], colour: str, label: str, corner: tuple[int, int, str]) -> None:
+def _point(axis: Any, row: Standing, axes: Axes, scales: Sequence[float], colour: str, label: str) -> Text:
     across, up = row.values[axes.quality], row.values[axes.unsafe]
     at = (scales[0] * across.value, scales[1] * up.value)
     axis.hlines(at[1], scales[0] * across.low, scales[0] * across.high, color=colour, alpha=0.35)
     axis.vlines(at[0], scales[1] * up.low, scales[1] * up.high, color=colour, alpha=0.35)
     axis.plot(*at, marker="o", color=colour, markersize=6)
-    axis.annotate(label, at, corner[:2], textcoords="offset points", ha=corner[2], color=colour)
+    return axis.text(*at, label, color=colour)
 
 
 def _resampled(rows: Sequence[Standing], axes: Axes) -> NDArray[np.float64]:
