@@ -66,7 +66,7 @@ def measure(
     ranks.from_main(lambda: _check_folder(out, history))
     instruments = {name: instrument(name, at) for plan in measured.planned for name in plan.task.instruments}
     for plan in measured.planned:
-        check_columns(plan.task, {name: instruments[name].columns for name in plan.task.instruments})
+        check_columns(plan.task, {name: instruments[name].columns for name in plan.task.instruments}, {"base"} < set(measured.names))
         for name, groups in plan.task.instruments.items():
             instruments[name].check([row for row in plan.rows.kept if not groups or row.group in groups])
     protocol = run.protocol(measured.planned, instruments, extent)

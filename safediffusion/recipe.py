@@ -117,7 +117,9 @@ def _check_constraints(recipe: Recipe) -> None:
         if known is not None and cost not in ("kl", DRIFT, "total", *known):
             parts = ", ".join(["total", *known])
             raise UserError(f'{key}.cost = {cost!r} is no part of this reward; its parts are {parts}, and "kl" and "drift" are distances from the base')
-        if known and cost.rpartition(".")[2] in ("unsafe", "unsafe_rate") and not 0 <= constraint.budget <= 1:
+        owner, _, last = cost.rpartition(".")
+        shared = last in ("unsafe", "unsafe_rate") and bool(owner) == isinstance(recipe.reward, CombinedSettings)  # else it is the total of a part of that name
+        if known and shared and not 0 <= constraint.budget <= 1:
             raise UserError(f"{key}.budget = {constraint.budget:g} is not between 0 and 1, and {cost} is a share; 5 % is 0.05")
         if costs.count(cost) > 1:
             raise UserError(f"{key}.cost = {cost!r} is constrained twice, which metrics could not tell apart; keep one")

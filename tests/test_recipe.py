@@ -96,6 +96,15 @@ def test_what_cannot_work_together(tables: dict, message: str) -> None:
         check(recipe(**tables))
 
 
+def test_a_share_is_what_a_detector_says_and_no_part_of_that_name() -> None:
+    parts = [ALIGN, GUARD | {"name": "unsafe"}]
+    check(recipe(reward={"kind": "combined", "parts": parts}, constraints=[{"cost": "unsafe", "at": "least", "budget": -0.05}]))
+    with pytest.raises(UserError, match="unsafe.unsafe is a share"):
+        check(recipe(reward={"kind": "combined", "parts": parts}, constraints=[{"cost": "unsafe.unsafe", "budget": 5.0}]))
+    with pytest.raises(UserError, match="unsafe_rate is a share"):
+        check(recipe(reward=GUARD["reward"], constraints=[{"cost": "unsafe_rate", "budget": 5.0}]))
+
+
 def test_the_cost_of_a_users_function_is_looked_for_when_it_is_there() -> None:
     check(recipe(reward={"kind": "callable", "function": "my:own"}, constraints=[{"cost": "harm", "budget": 0.1}]))
 

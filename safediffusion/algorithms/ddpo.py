@@ -65,6 +65,11 @@ class Ddpo:
         check_ratio(self, recipe)
         if self.estimator == "score" and self.updates > 1:
             raise UserError(f'algorithm.estimator = "score" holds for the policy that painted, not after {self.updates - 1} updates; set algorithm.updates = 1')
+        if recipe.constraints and recipe.lagrangian.normalise == "together":
+            raise UserError(
+                'lagrangian.normalise = "together" takes weight * cost off the scores, and the running baseline of algorithm.kind = "ddpo" '
+                'has those of earlier weights; set normalise = "apart", or take "grpo", which compares pictures of one rollout'
+            )
         if self.min_count > self.remember:
             raise UserError(f"algorithm.min_count = {self.min_count} is never reached by the {self.remember} scores that are kept; raise algorithm.remember")
 

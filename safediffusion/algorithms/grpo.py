@@ -68,7 +68,8 @@ class Grpo:
     window: Window | None = None  # left out, every step but the last adds noise and is trained
     share_prefix: bool = False  # pictures of a prompt share the initial noise and the steps before the window
     train_steps: int = Field(default=0, ge=0)  # of the noisy steps trained in each iteration, drawn anew; 0 is all
-    drop_last: int = Field(default=1, ge=0)  # stochastic steps left out at the end, where log-probability is most sensitive (docs/method.md section 3)
+    # Stochastic steps left out at the end, where log-probability is most sensitive (docs/method.md section 3); a window leaves out none.
+    drop_last: int = Field(default=1, ge=0)
     normalise_ratio: bool = True  # divide the log-ratio by the sensitivity of its step, so that all steps weigh alike
     clip_range: float = Field(default=1e-4, gt=0)  # of the ratio; per latent dimension, so that it does not depend on the picture's size
     floor: float = Field(default=0.02, ge=0)  # added to the group's std: keeps small differences small

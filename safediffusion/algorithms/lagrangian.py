@@ -14,6 +14,7 @@ from torch import Tensor
 from safediffusion.config import settings
 
 State = dict[str, Tensor]
+_LEAST = 1e-3  # of a multiplier that moves by shares: from 0 it would not come back
 Gain = Annotated[float, Field(ge=0)]
 
 
@@ -22,8 +23,8 @@ class AugmentedLagrangian:
     """Multipliers of C constraints. Its state is a dict of `(C,)` float64 tensors, so that a checkpoint holds it.
 
     update: "alm" holds a multiplier for some iterations, takes `[lam + rho mean(g)]_+` as the next one, and raises rho where the violation has not
-        fallen; "ascent" adds `rate g` (dual ascent); "adam_log" moves log(lam) by Adam, so that multipliers stay positive and change by
-        shares; "pid" is the controller of arXiv 2007.03964, whose multiplier acts in the iteration that it was computed in.
+        fallen; "ascent" adds `rate g` (dual ascent); "adam_log" moves log(lam) by Adam, so that multipliers change by shares,
+        from 1e-3 on; "pid" is the controller of arXiv 2007.03964, whose multiplier acts in the iteration that it was computed in.
     rho: the penalty, per unit of violation; 0 is the plain Lagrangian, whose cost swings about the budget ("alm" needs more than 0). Not of "pid".
     normalise: what is standardised within a group of pictures. "apart" standardises the reward alone and takes `weight * cost` off its advantage, so
         that a gradient grows with the multiplier, past those of all other prompts; "together" standardises the reward less `weight * cost`, so that it
@@ -43,9 +44,9 @@ class AugmentedLagrangian:
     most: float = Field(default=1000.0, gt=0)  # no multiplier passes it: a constraint that cannot be met would grow for ever
 
     def start(self, count: int) -> State:
-        """The state of `count` constraints before anything was observed: multipliers 0 (1e-3 for "adam_log", which cannot leave 0)."""
+        """The state of `count` constraints before anything was observed: multipliers 0 (1e-3, its least, for "adam_log", which cannot leave 0)."""
         zero = torch.zeros(count, dtype=torch.float64)
-        first = zero + 1e-3 if self.update == "adam_log" else zero
+        first = zero + _LEAST if self.update == "adam_log" else zero
         rho = zero if self.update == "pid" else zero + self.rho  # the controller has its own proportional part
         return {"lam": first, "rho": rho, "sum": zero, "last": zero, "worst": zero + torch.inf, "mean": zero, "square": zero, "count": zero}
 
@@ -80,7 +81,7 @@ class AugmentedLagrangian:
         elif self.update == "adam_log":
             mean, square = 0.9 * state["mean"] + 0.1 * g, 0.999 * state["square"] + 0.001 * g.square()
             step = mean / (1 - 0.9**count) / ((square / (1 - 0.999**count)).sqrt() + 1e-8)
-            new |= {"mean": mean, "square": square, "lam": (lam.log() + self.rate * step).exp()}
+            new |= {"mean": mean, "square": square, "lam": (lam.log() + self.rate * step).exp().clamp(min=_LEAST)}
         else:
             proportional, integral, derivative = self.pid
             total = (state["sum"] + g).clamp(min=0)

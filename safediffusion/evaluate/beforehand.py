@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from safediffusion.errors import UserError
 from safediffusion.evaluate.rows import Row, Rows, located
 from safediffusion.evaluate.scoring import Form
-from safediffusion.evaluate.task import Count, Frechet, Geneval, Likeness, Measure, Rate, Score, Task
+from safediffusion.evaluate.task import Count, Frechet, Geneval, Likeness, Measure, Pictograms, Rate, Score, Task, kid_name
 
 
 def check_groups(task: Task, rows: Rows) -> None:
@@ -45,13 +45,16 @@ def check_references(task: Task, rows: Rows) -> None:
             raise UserError(f"{task.name}: the row of {missing.prompt.text[:60]!r} has no picture to compare with ({missing.image or 'none is named'})")
 
 
-def check_columns(task: Task, columns: Mapping[str, Mapping[str, Form]]) -> None:
-    """UserError where a measure asks an instrument for what it does not say, or gives what another gives; `columns` are those of each instrument."""
+def check_columns(task: Task, columns: Mapping[str, Mapping[str, Form]], against: bool) -> None:
+    """UserError where a measure asks an instrument for what it does not say, or gives what another gives; `columns` are those of each instrument.
+
+    `against`: whether a base is measured too, which distances are counted from.
+    """
     given: set[str] = set()
     for name, measure in task.measures.items():
-        own = _named(name, measure)
+        own = _named(name, measure, task.painting.samples > 1, against)
         if twice := next((each for each in own if each in given), None):
-            raise UserError(f"{task.name}: the measure {name} gives {twice!r}, which another gives as well; leave one of them out, or give it another name")
+            raise UserError(f"{task.name}: the measure {name} gives {twice!r}, which another gives as well; {_apart(measure, twice)}")
         given.update(own)
         for instrument, column, form in _asks(measure):
             said = columns[instrument]
@@ -62,11 +65,23 @@ def check_columns(task: Task, columns: Mapping[str, Mapping[str, Form]]) -> None
             raise UserError(f"{task.name}: the measure {name} has the core label {strange[0]!r}, which is not among its labels; they are {', '.join(measure.labels)}")
 
 
-def _named(name: str, measure: Measure) -> list[str]:
+def _named(name: str, measure: Measure, several: bool, against: bool) -> list[str]:
     """The names, without their members, under which a measure's numbers are known. Some are the same for every measure of a kind."""
     if isinstance(measure, Likeness):
-        return [name if each == "alignment" else each for each in measure.measures]
+        made = {"alignment": True, "diversity": several, "drift": against, "retention": against}
+        return [name if each == "alignment" else each for each in measure.measures if made[each]]
+    if isinstance(measure, Frechet):
+        return [name, kid_name(name)]
+    if isinstance(measure, Pictograms):
+        return ["unsafe_rate", "composition", "kept"]
     return [name, "expected_maximum"] if isinstance(measure, Rate) and measure.draws else [name]
+
+
+def _apart(measure: Measure, twice: str) -> str:
+    """What keeps a measure from giving what another gives."""
+    if isinstance(measure, Likeness) and twice in measure.measures:
+        return f'take "{twice}" out of its measures'
+    return "set its draws to 0" if twice == "expected_maximum" else "give one of them another name, or leave it out"
 
 
 def _asks(measure: Measure) -> list[tuple[str, str, Form]]:

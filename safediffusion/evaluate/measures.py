@@ -19,7 +19,7 @@ from safediffusion.evaluate.paired import paired_change
 from safediffusion.evaluate.rows import Row, located
 from safediffusion.evaluate.scoring import Columns
 from safediffusion.evaluate.statistics import Estimate, clustered_rate, expected_maximum, mean_over_prompts, mean_over_strata, sum_over_prompts
-from safediffusion.evaluate.task import Count, Flag, Frechet, Geneval, Likeness, Measure, Rate, Score, Task
+from safediffusion.evaluate.task import Count, Flag, Frechet, Geneval, Likeness, Measure, Rate, Score, Task, kid_name
 
 Array = NDArray[np.float64]
 KID_SUBSET = 1000
@@ -213,7 +213,7 @@ def _frechet(name: str, measure: Frechet, seen: Seen) -> dict[str, Values | Dist
     found = {name: Distance(fid_interval(there, moments(real), of_prompt))}
     if min(len(there), len(real)) >= KID_SUBSET:
         mean, reach = kid(there, real, subset_size=KID_SUBSET)[0], kid_reach(there, real, of_prompt)
-        found[name.replace("fid", "kid") if "fid" in name else f"{name}_kid"] = Distance(Estimate(mean, mean - reach, mean + reach, len(there)))
+        found[kid_name(name)] = Distance(Estimate(mean, mean - reach, mean + reach, len(there)))
     return found
 
 

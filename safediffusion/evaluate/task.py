@@ -166,6 +166,11 @@ class Frechet:
     groups: tuple[str, ...] = ()
 
 
+def kid_name(name: str) -> str:
+    """What the KID is called that stands beside the FID of that name."""
+    return name.replace("fid", "kid") if "fid" in name else f"{name}_kid"
+
+
 @settings
 class Geneval:
     """Share of pictures that hold what was asked, by GenEval's rules; overall is the mean of the tasks."""

@@ -40,6 +40,10 @@ class EnergySettings:
         """Raises UserError for a reward that has no gradient, and for one that would only lead prompts marked unsafe."""
         if isinstance(self.reward, CombinedSettings):
             self.reward.check()
+            if self.reward.normalise != "sum":
+                raise UserError(
+                    f'guide.reward.normalise = "{self.reward.normalise}" compares pictures of one prompt, and a guide follows the total of each; leave it out'
+                )
         parts = [part for part in parts_of(self.reward) if part.weight]
         if not self.reward.differentiable:
             raise UserError(f"guide.reward: a reward of kind '{self.reward.kind}' has no gradient to be guided by; use one that has, such as \"detection\"")

@@ -63,7 +63,8 @@ class SafeLatent:
     def __call__(self, policy: Policy, x: Tensor, time: Tensor, condition: Addressed, guidance: float | Tensor) -> Tensor:
         if self.strength.scale == 0:  # three branches at once round otherwise than two
             return policy.predict(x, time, condition.tensor, guidance)
-        texts = torch.cat([policy.encode([""]).expand_as(condition.tensor), condition.tensor, policy.encode([self.concept]).expand_as(condition.tensor)])
+        branches = policy.encode.unconditional, condition.tensor, policy.encode([self.concept])  # SDXL's without a prompt is zero, and not that of ""
+        texts = torch.cat([each.expand_as(condition.tensor) for each in branches])
         empty, told, unsafe = policy.predict(x.repeat(3, 1, 1, 1), time.repeat(3), texts).chunk(3)
         g = torch.as_tensor(guidance, dtype=torch.float32, device=x.device).view(-1, 1, 1, 1)
         unit = self.process.to_epsilon(torch.ones_like(x), torch.zeros_like(x), time)  # of e^ per unit of output: the constants are those of e^

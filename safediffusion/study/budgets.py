@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from safediffusion.evaluate.statistics import Estimate
-from safediffusion.report.metric import MISSING, as_value, metric, split
+from safediffusion.report.metric import MISSING, as_value, split
 from safediffusion.report.tables import change_text, value_text
 from safediffusion.study.front import Series, drawn_interval
-from safediffusion.study.outcome import Standing
+from safediffusion.study.outcome import Standing, meaning
 from safediffusion.study.plan import Axes, Entrant, Study
 
 SLACK = 0.03  # of a share: a run this much above its budget has kept it
@@ -82,7 +82,7 @@ def markdown(kept: Sequence[Kept], axes: Axes) -> str:
     """Two tables and how to read them; empty where no budget was swept."""
     if not kept:
         return ""
-    unsafe, quality = metric(axes.unsafe), metric(axes.quality)
+    unsafe, quality = (meaning([each.row for each in kept], name) for name in (axes.unsafe, axes.quality))
     heads = ["row", "budget", f"{unsafe.label}, by seed", f"within {100 * SLACK:g} points or below", f"{quality.label} less the base's"]
     lines = [heads, ["---", "---:", "---", "---:", "---:"]]
     for each in kept:
@@ -91,7 +91,9 @@ def markdown(kept: Sequence[Kept], axes: Axes) -> str:
     told = ["## Budgets", _table(lines), "Budgets are of the training prompts by the training's judge; reached is what new prompts have by the study's."]
     if any(each.beside for each in kept):
         rows = [["row", "beside it", f"{quality.label} at equal safety", "less the row's"], ["---", "---", "---:", "---:"]]
-        rows += [[each.row.label, _place(other), _number(axes, other), change_text(quality, other.more)] for each in kept for other in each.beside]
+        for row, other in ((each.row, other) for each in kept for other in each.beside):
+            there = as_value(quality, other.quality) if other.between else MISSING
+            rows.append([row.label, _place(other), there, change_text(quality, other.more)])
         words = (
             "At equal safety another series has what lies on its front between the two points that are a little safer and a little less safe, by a straight line. "
             "Where even the least safe of them is safer than the row, that one is taken. 95 % intervals resample seeds and prompts, the same for both."
@@ -142,10 +144,6 @@ def _place(other: Beside) -> str:
     if not other.between:
         return f"{other.label}: no point is as safe"
     return f"{other.label}: " + (f"between {' and '.join(other.between)}" if len(other.between) > 1 else other.between[0])
-
-
-def _number(axes: Axes, other: Beside) -> str:
-    return as_value(metric(axes.quality), other.quality) if other.between else MISSING
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

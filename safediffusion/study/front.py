@@ -13,8 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtrit
 
 from safediffusion.evaluate.statistics import CONFIDENCE, Estimate
-from safediffusion.report.metric import metric
-from safediffusion.study.outcome import Standing, is_mean, pictures
+from safediffusion.study.outcome import Standing, is_mean, meaning, pictures
 from safediffusion.study.picture import COLOURS, sheet
 from safediffusion.study.plan import BASE, Axes, Study
 
@@ -105,7 +104,7 @@ def picture(series: Sequence[Series], rows: Sequence[Standing], axes: Axes, titl
     """PNG: a colour for each series, its points with their intervals, its front as a line; lower right is best."""
     from adjustText import adjust_text
 
-    unsafe, quality = metric(axes.unsafe), metric(axes.quality)
+    unsafe, quality = (meaning(rows, name) for name in (axes.unsafe, axes.quality))
     scales = [100.0 if of.share else 1.0 for of in (quality, unsafe)]
     with sheet(8.0, 6.5, 1, 1) as (figure, grid, file):
         axis = grid[0][0]
@@ -160,7 +159,7 @@ def _resampled(rows: Sequence[Standing], axes: Axes) -> NDArray[np.float64]:
             for draw in range(RESAMPLES):
                 drawn = np.nanmean(table[runs[draw]], axis=0)  # (P,)
                 points[draw, at, axis] = np.nanmean((mean + stretch * (drawn - mean))[prompts[draw]])
-        if metric(name).share:
+        if meaning(rows, name).share:
             points[:, :, axis] = points[:, :, axis].clip(0, 1)  # what is stretched may pass the ends
     return points
 

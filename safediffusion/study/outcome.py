@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from safediffusion.evaluate.paired import paired_change
 from safediffusion.evaluate.statistics import Estimate, clustered_rate, mean_over_prompts, over_repeats, significantly_below
 from safediffusion.files import read_jsonl
 from safediffusion.report.comparison import unlike
-from safediffusion.report.metric import Metric
+from safediffusion.report.metric import Metric, metric
 from safediffusion.report.pairs import Scores, read_scores
 from safediffusion.report.results import Results, read_results
 from safediffusion.study.plan import BASE, Entrant, Study
@@ -86,6 +86,7 @@ class Standing:
     changes: dict[str, Estimate] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
     entrant: Entrant | None = None
+    kinds: Mapping[str, str] = field(default_factory=dict)  # of the measures behind the names, which a task's own are known by
 
     def mean(self, spent: str) -> float:
         """Of iterations, forwards, cpu_seconds or seconds, over seeds."""
@@ -118,7 +119,8 @@ def standings(study: Study, folder: Path) -> list[Standing]:
     """The base and every entrant of which a run is measured."""
     base = read_results(folder / BASE)
     metrics = [of for of in base.metrics() if not of.part]
-    rows = [Standing(BASE, "base", {of.name: found for of in metrics if (found := base.estimate(base.reference, of.name))})]
+    kinds = {of.name: base.kind(of.name) for of in base.metrics()}
+    rows = [Standing(BASE, "base", {of.name: found for of in metrics if (found := base.estimate(base.reference, of.name))}, kinds=kinds)]
     for entrant in study.entrants:
         outcomes = tuple(found for job in study.jobs if job.entrant is entrant and (found := _outcome(folder / job.name, job.seed)))
         for each in outcomes:
@@ -127,8 +129,14 @@ def standings(study: Study, folder: Path) -> list[Standing]:
             metrics = [of for of in outcomes[0].results.metrics() if not of.part]
             values = {of.name: _value(of, outcomes) for of in metrics if outcomes[0].results.estimate("trained", of.name)}
             changes = {of.name: found for of in metrics if (found := _change(of, outcomes))}
-            rows.append(Standing(entrant.name, entrant.label, values, changes, outcomes, entrant))
+            kinds = {of.name: outcomes[0].results.kind(of.name) for of in outcomes[0].results.metrics()}
+            rows.append(Standing(entrant.name, entrant.label, values, changes, outcomes, entrant, kinds))
     return rows
+
+
+def meaning(rows: Sequence[Standing], name: str) -> Metric:
+    """What a name means in these rows."""
+    return metric(name, next((row.kinds[name] for row in rows if name in row.kinds), ""))
 
 
 def _check_alike(base: Results, outcome: Outcome, folder: Path) -> None:

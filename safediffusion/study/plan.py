@@ -68,7 +68,7 @@ class Sweep:
     recipe: dict[str, Any] = Field(default_factory=dict)
     guide: dict[str, Any] = Field(default_factory=dict)
     key: str  # such as reward.alpha, constraints.0.budget or guide.scale
-    values: tuple[int | float | str, ...] = Field(min_length=1)
+    values: tuple[bool | int | float | str, ...] = Field(min_length=1)
 
 
 @settings
@@ -87,7 +87,8 @@ class StudySettings:
     title: str = ""
     budget: Budget = Budget()  # of those that are trained
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
-    # Of each run, besides the base's, for a budget of forwards; 0 leaves them to the recipes. As many for all, because each keeps its best.
+    # Of each run, besides the base's, for a budget of forwards; 0 leaves them to the recipes, and one with probe.every = 0 has none. As many for all others,
+    # because each keeps its best.
     probes: int = Field(default=0, ge=0)
     base: dict[str, Any] = Field(default_factory=dict)  # a recipe that all share
     evaluate: Measuring = Measuring()
@@ -199,7 +200,11 @@ def _recipe(path: Path, asked: StudySettings, entrant: EntrantSettings | Sweep, 
     if entrant.file is not None:
         table = {key: value for key, value in read_toml(path.parent / entrant.file).items() if key not in _SET_HERE}
     table = override(laid_over(table, entrant.recipe), assignments) | {"steps": 1}
-    return _within(asked, check(resolve(Recipe, table, where)), where)
+    recipe = resolve(Recipe, table, where)
+    try:
+        return _within(asked, check(recipe), where)
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
 
 
 def _within(asked: StudySettings, recipe: Recipe, where: str) -> Recipe:
@@ -241,4 +246,4 @@ def _check(path: Path, study: Study) -> None:
 
 
 def _spelled(value: int | float | str) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value) if isinstance(value, bool) else f"{value:g}"

@@ -26,6 +26,7 @@ from safediffusion.guided import GuideFile, described
 from safediffusion.measurement import PICTURES, SCORES
 from safediffusion.report.metric import AGAINST_BASE, metric
 from safediffusion.report.results import read_results
+from safediffusion.study.outcome import is_mean
 from safediffusion.study.plan import BASE, Job, Study
 from safediffusion.train.log import NAME as METRICS
 from safediffusion.train.run_folder import RESULTS
@@ -115,6 +116,9 @@ def _check_drawn(study: Study, folder: Path, drawn: Sequence[str]) -> None:
     there = [of.name for of in base.metrics() if base.estimate(base.reference, of.name)]
     if missing := next((name for name in drawn if name not in there and metric(name).family not in AGAINST_BASE), None):
         raise UserError(f"[pareto] draws {missing!r}, which evaluate.tasks = {study.settings.evaluate.tasks!r} does not measure; it has {', '.join(there)}")
+    if whole := next((name for name in drawn if name in there and not is_mean(base, base.metric(name))), None):
+        means = ", ".join(name for name in there if is_mean(base, base.metric(name)))
+        raise UserError(f"[pareto] draws {whole!r}, a number of all pictures together, and its intervals resample single ones; draw one of {means}")
 
 
 def _finish(shop: Workshop, job: Job, base: Future[None]) -> None:

@@ -29,7 +29,7 @@ def columns(rows: Sequence[Standing]) -> list[Metric]:
     """What was measured of any row, in the order of a report."""
     from safediffusion.report.metric import in_order
 
-    return in_order([name for row in rows for name in row.values])
+    return in_order([name for row in rows for name in row.values], {name: kind for row in rows for name, kind in row.kinds.items()})
 
 
 def markdown(study: Study, rows: Sequence[Standing], command: str, failures: dict[str, str]) -> str:

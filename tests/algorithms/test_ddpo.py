@@ -213,6 +213,15 @@ def test_what_cannot_work_is_refused(options: dict, process: dict, message: str)
         check(resolve(Recipe, recipe))
 
 
+def test_scores_of_other_multipliers_are_no_baseline() -> None:
+    reward = {"kind": "callable", "function": "nobody:calls"}
+    recipe = {"model": "pictograms", "steps": 1, "reward": reward, "algorithm": {"kind": "ddpo"}, "process": {"eta": 1.0}, "lagrangian": {"normalise": "together"}}
+    recipe |= {"constraints": [{"cost": "cost", "budget": 0.1, "prompts": "all"}], "data": {"unsafe": "pictograms/train-unsafe"}}
+    with pytest.raises(UserError, match='normalise = "together" takes weight \\* cost off the scores, and the running baseline'):
+        check(resolve(Recipe, recipe))
+    check(resolve(Recipe, recipe | {"algorithm": {"kind": "grpo"}}))
+
+
 def test_groups_are_shared_out_to_as_many_updates_as_are_asked_for(make_learner: Make) -> None:
     learner = make_learner()
     prompts = tuple(Prompt(f"a red {word}") for word in ("cat", "cup", "bus", "hat"))

@@ -101,6 +101,18 @@ def test_a_budget_that_is_kept_anyway_costs_nothing() -> None:
     assert lagrangian.weight(torch.tensor([-0.1]), held).item() == 0
 
 
+@pytest.mark.parametrize("rate", [1.0, 3000.0])
+def test_a_multiplier_that_moves_by_shares_comes_back(rate: float) -> None:
+    lagrangian = AugmentedLagrangian(update="adam_log", rate=rate)
+    held = lagrangian.start(1)
+    for _ in range(1000):
+        held = lagrangian.updated(torch.tensor([-0.1]), held)
+    assert held["lam"].item() == lagrangian.start(1)["lam"].item()
+    for _ in range(100):
+        held = lagrangian.updated(torch.tensor([0.3]), held)
+    assert held["lam"].item() > 1
+
+
 def test_a_constraint_that_cannot_be_met_does_not_grow_for_ever() -> None:
     lagrangian = AugmentedLagrangian(rho_most=10.0, most=50.0)
     held = lagrangian.start(1)

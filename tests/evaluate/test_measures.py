@@ -12,7 +12,7 @@ from safediffusion.evaluate import measures
 from safediffusion.evaluate.beforehand import check_columns
 from safediffusion.evaluate.measures import Seen, retention
 from safediffusion.evaluate.rows import Row
-from safediffusion.evaluate.task import Likeness
+from safediffusion.evaluate.task import Frechet, Likeness, Measure, Pictograms, Score
 from safediffusion.types import Prompt
 
 
@@ -69,8 +69,19 @@ def test_a_group_has_the_references_of_its_own_rows(samples: int) -> None:
 
 def test_two_measures_of_one_name_are_refused_before_anything_is_painted() -> None:
     said = {"alignment": "number", "embedding": "vector"}
-    task = SimpleNamespace(name="mine", measures={"clip": Likeness(instrument="clip"), "pick": Likeness(instrument="pick")})
-    with pytest.raises(UserError, match="mine: the measure pick gives '(diversity|drift)', which another gives as well"):
-        check_columns(task, {"clip": said, "pick": said})
-    task.measures["pick"] = Likeness(instrument="pick", measures=("alignment",))
-    check_columns(task, {"clip": said, "pick": said})
+    columns = {"clip": said, "pick": said, "inception": {"embedding": "vector"}, "pictograms": {"found": "text"}}
+
+    def check(samples: int, against: bool, **measures: Measure) -> None:
+        check_columns(SimpleNamespace(name="mine", measures=measures, painting=SimpleNamespace(samples=samples)), columns, against)
+
+    twice = {"clip": Likeness(instrument="clip"), "pick": Likeness(instrument="pick")}
+    with pytest.raises(UserError, match="mine: the measure pick gives 'diversity', which another gives as well; take \"diversity\" out of its measures"):
+        check(2, False, **twice)
+    with pytest.raises(UserError, match="the measure pick gives 'drift'"):
+        check(1, True, **twice)
+    check(1, False, **twice)  # with one picture of a prompt and no base neither is made
+    check(2, True, clip=twice["clip"], pick=Likeness(instrument="pick", measures=("alignment",)))
+    with pytest.raises(UserError, match="the measure composition gives 'composition', which another gives as well; give one of them another name"):
+        check(1, False, scene=Pictograms(), composition=Score(instrument="clip", label="alignment"))
+    with pytest.raises(UserError, match="the measure kid gives 'kid'"):
+        check(1, False, fid=Frechet(), kid=Score(instrument="clip", label="alignment"))

@@ -104,6 +104,7 @@ def test_pictures_score_higher_and_the_weights_stay(policy: LatentPolicy) -> Non
         ({"kind": "combined", "parts": [GUARD | {"prompts": "unsafe"}]}, 'guard counts for prompts = "unsafe", and nothing marks them here'),
         ({"kind": "combined", "parts": [GUARD | {"weight": 0.0}]}, "every weight is 0"),
         ({"kind": "combined", "parts": [GUARD, GUARD]}, "two parts are called 'guard'"),
+        ({"kind": "combined", "parts": [GUARD], "normalise": "gdpo"}, 'guide.reward.normalise = "gdpo" compares pictures of one prompt'),
     ],
 )
 def test_rewards_that_cannot_guide(reward: dict, message: str) -> None:

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from safediffusion.errors import UserError
+from safediffusion.guidance.policy import GuidedPolicy
+from safediffusion.guidance.sld import SafeLatent, Strength
 from safediffusion.policies.latent import PolicySettings, load_policy
+from safediffusion.process import from_scheduler
 
 TEXTS = ["a red cat", "a blue dog in a kitchen"]
 LORA = PolicySettings(lora_rank=4)
@@ -33,6 +36,16 @@ def test_the_empty_prompt_is_zeros_only_where_nothing_was_asked(folder_of: Calla
     assert torch.equal(encoded.unconditional, encoded([""]))
     assert zeros([""]).any()
     assert zeros([""]).shape == (1, 24 + 1, 96)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sdxl-v"])
+def test_safe_latent_guidance_has_the_same_branch_without_a_prompt(folder_of: Callable[[str], Path], name: str) -> None:
+    policy = load_policy(folder_of(name), LORA)
+    nothing = GuidedPolicy(policy, SafeLatent(from_scheduler(policy.scheduler_config, 5, eta=0.0), "a knife", Strength(0.0, 1e-20, 1.0, 0.0, 0.0)))
+    x, time = torch.randn((2, *policy.sample_shape), generator=torch.Generator().manual_seed(0)), torch.tensor([981, 981])
+    with torch.no_grad():
+        guided, plain = (each.predict(x, time, each.encode(TEXTS), 7.5) for each in (nothing, policy))
+    torch.testing.assert_close(guided, plain, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import pytest
 
 from safediffusion.errors import UserError
 from safediffusion.evaluate.statistics import Estimate, mean_over_prompts, over_repeats
+from safediffusion.report.metric import effect
 from safediffusion.report.pairs import Scores
 from safediffusion.report.results import Results
-from safediffusion.study.outcome import Outcome, Standing
-from safediffusion.study.table import hacking, warnings
+from safediffusion.study.outcome import Outcome, Standing, meaning
+from safediffusion.study.table import columns, hacking, warnings
 
 
 def test_one_repeat_has_the_interval_of_its_prompts() -> None:
@@ -93,6 +94,14 @@ def test_what_was_not_trained_has_spent_nothing_and_hacked_no_reward() -> None:
     assert untrained.spent == {"iterations": 0, "forwards": 0.0, "cpu_seconds": 0.0, "seconds": 0.0}
     row = Standing("a", "a", {}, {"composition": FELL}, (untrained,))
     assert (row.hacked, row.fallen, hacking(row)) == (None, ["composition"], "–")
+
+
+def test_a_tasks_own_rate_is_a_rate_in_a_study_too() -> None:
+    row = Standing("a", "a", {"nudity": Estimate(1.0, 0.9, 1.0, 40)}, {"nudity": Estimate(-0.5, -0.6, -0.4, 40)}, kinds={"nudity": "rate"})
+    (of,) = columns([Standing("base", "base", {}), row])
+    assert (of.share, of.arrow) == (True, "↓")
+    assert of == meaning([row], "nudity")
+    assert effect(of, row.changes["nudity"]) == "better"
 
 
 RISING, FLAT = [place / 10 for place in range(10)], [0.2, 0.0, 0.0, 0.0, 0.0] * 2

@@ -70,6 +70,11 @@ def test_a_sweep_is_a_row_for_each_value(read: Callable[[str], Study]) -> None:
     assert study.series == {"group": "group of"}
 
 
+def test_a_sweep_of_a_switch(read: Callable[[str], Study]) -> None:
+    study = read("budget = {forwards = 5000}\n" + BASE + '[[sweep]]\nname = "eager"\nkey = "policy.gradient_checkpointing"\nvalues = [true, false]\n')
+    assert [(each.name, each.recipe.policy.gradient_checkpointing) for each in study.entrants] == [("eager-true", True), ("eager-false", False)]
+
+
 def test_folders_of_a_sweep_over_paths_stay_in_the_studys(read: Callable[[str], Study]) -> None:
     study = read(
         "budget = {forwards = 5000}\nseeds = [0]\n" + BASE + '[[sweep]]\nname = "words"\nkey = "data.unsafe"\nvalues = ["../mine.txt", "pictograms/train-named"]\n'
@@ -142,7 +147,10 @@ def test_the_shipped_study_of_methods_has_all_of_them() -> None:
         ("budget = {seconds = 3}\n" + BASE + ENTRANT.replace("forward", "a/b"), "entrants.0.name"),
         ("budget = {seconds = 3}\n" + BASE + ENTRANT + "recipe = {steps = 3}\n", "steps of the recipe of forward is set by the study"),
         ("budget = {seconds = 3}\n" + BASE + ENTRANT + "recipe = {optimizer = {rl = 1.0}}\n", "optimizer.rl is not a setting"),
-        ("budget = {seconds = 3}\n" + BASE + ENTRANT + 'recipe = {algorithm = {kind = "grpo"}}\n', "process.eta"),
+        (
+            "budget = {seconds = 3}\n" + BASE + ENTRANT + 'recipe = {algorithm = {kind = "grpo"}}\n',
+            "study.toml, forward: algorithm.kind = 'grpo' needs log-probabilities.*process.eta",
+        ),
         ("budget = {seconds = 3}\n" + BASE + ENTRANT + '[[entrants]]\nname = "other"\nrecipe = {model = "elsewhere"}\n', "train different models"),
         (BASE + '[[entrants]]\nname = "sld"\nguide = {kind = "sld", levle = "max"}\n', "did you mean guide.level?"),
         (BASE + '[[sweep]]\nname = "sld"\nkey = "guide.scale"\nvalues = [1]\n', "guide.scale changes a guide, and there is none"),

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from safediffusion.study.run import cards, places
+from safediffusion.errors import UserError
+from safediffusion.report.results import SCHEMA
+from safediffusion.study.run import _check_drawn, cards, places
+
+
+def test_an_axis_is_a_mean_of_single_pictures(tmp_path: Path) -> None:
+    """Told when the base is measured, not after all training."""
+    (tmp_path / "base").mkdir()
+    measures = {"nudity": {"kind": "rate"}, "fid": {"kind": "frechet"}}
+    values = {name: {"value": 0.5, "low": 0.4, "high": 0.6, "n": 8} for name in measures}
+    document = {"schema": SCHEMA, "protocol": {"tasks": {"own": {"measures": measures}}}, "models": {"base": values}}
+    (tmp_path / "base" / "results.json").write_text(json.dumps(document))
+    study = SimpleNamespace(settings=SimpleNamespace(evaluate=SimpleNamespace(tasks="own.toml")))
+    _check_drawn(study, tmp_path, ("nudity", "drift"))
+    with pytest.raises(UserError, match="draws 'fid', a number of all pictures together, and its intervals resample single ones; draw one of nudity"):
+        _check_drawn(study, tmp_path, ("nudity", "fid"))
+    with pytest.raises(UserError, match="draws 'nude', which evaluate.tasks = 'own.toml' does not measure; it has fid, nudity"):
+        _check_drawn(study, tmp_path, ("nude",))
 
 
 def test_runs_take_turns_on_the_gpus_that_this_process_sees(monkeypatch: pytest.MonkeyPatch) -> None:
