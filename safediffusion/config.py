@@ -75,7 +75,7 @@ def override(table: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any
         path, sign, value = assignment.partition("=")
         keys = [key.strip() for key in path.split(".")]
         if not sign or not all(keys):
-            raise UserError(f"{assignment!r} is not an override; write key.path=value, such as seed=3 or train.steps=200")
+            raise UserError(f"{assignment!r} is not an override; write key.path=value, such as seed=3 or optimizer.lr=1e-4")
         _set(table, keys, _value(value.strip()), assignment)
     return table
 
@@ -149,6 +149,8 @@ def _sentence(kind: Any, table: dict[str, Any], error: Any) -> str:
         return f"{name} = {_shown(value)} is not known; it is one of {context['expected'].replace(' or ', ', ')}"
     if reason == "value_error":
         return f"{name}: {context['error']}".removeprefix(": ")
+    if reason == "too_short":
+        return f"{name} = {_shown(value)} is too short; it needs at least {context['min_length']}"
     if reason in _EXPECTED:
         return f"{name or 'the file'} should be {_EXPECTED[reason]}, but is {_shown(value)}"
     return f"{name} = {_shown(value)} is not allowed: {error['msg'].replace('Input should', 'it should')}"

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,9 +82,10 @@ def check_writable(folder: Path) -> None:
     """Make `folder` where it is missing. UserError when nothing can be written there, before hours of work would be lost."""
     if folder.is_file():
         raise UserError(f"{folder} is a file, but a folder is needed")
-    write_bytes(folder / ".writable", b"")
     with explained(folder):
-        (folder / ".writable").unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,11 +18,11 @@ from safediffusion.types import Policy, Process, Prompt
 
 if TYPE_CHECKING:
     import torch
-    from rich.progress import Progress
     from torch import Tensor
 
     from safediffusion.guided import GuideSettings
     from safediffusion.policies.variant import Variant
+    from safediffusion.progress import Bars
 
 MANIFEST = "manifest.jsonl"
 
@@ -83,7 +83,7 @@ def generate(
     samples: int,
     batch: int = 0,
     device: torch.device,
-    progress: Progress,
+    progress: Bars,
 ) -> Generated:
     """Screen the prompts, then write a PNG and a line of the manifest for each picture that is not there yet.
 

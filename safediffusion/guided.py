@@ -35,6 +35,8 @@ def load_guide(name: str | None, assignments: Sequence[str] = ()) -> GuideSettin
         if assignments:
             raise UserError("--guide-set changes a guide, and there is none; give --guide sld or --guide reward")
         return None
+    if name not in ("sld", "reward") and Path(name).suffix != ".toml":
+        raise UserError(f"--guide should be sld, reward or a TOML file with a [guide] table, but is {name!r}")
     table: dict[str, Any] = {"guide": {"kind": name}} if name in ("sld", "reward") else read_toml(name)
     if not isinstance(table.get("guide"), dict):
         raise UserError(f"{name} has no [guide] table; write one, or give sld or reward")

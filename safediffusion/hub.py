@@ -61,6 +61,11 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     A hub model is taken from the local cache where it is there, whatever the hub holds by now; `revision` pins it.
     Raises UserError for a folder that does not exist and a model that cannot be had.
     """
+    return local_model(name, revision) or _cached(name, revision) or _downloaded(name, revision)
+
+
+def local_model(name: str, revision: str | None = None) -> Path | None:
+    """`resolve_model` for a folder and an embedded model, None for a hub id, which is not looked for. UserError for what is none of them."""
     path = Path(name).expanduser()
     if name in EMBEDDED_MODELS or (name and path.exists()):
         if revision is not None:
@@ -75,7 +80,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         raise UserError(f"{name} does not exist")
     if not _is_hub_id(name):
         raise UserError(f"{name!r} is no model: give a local folder, `pictograms`, `pictograms-flow`, or a hub id such as org/name")
-    return _cached(name, revision) or _downloaded(name, revision)
+    return None
 
 
 def resolve_part(name: str, files: Sequence[str]) -> Path:

@@ -212,12 +212,10 @@ def _already(out: Path, protocol: dict[str, Any], described: dict[str, Any]) -> 
 
 @contextmanager
 def _bar(console: Console | None, planned: Sequence[Plan], names: Sequence[str]) -> Iterator[Advance]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from safediffusion.progress import bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     totals = {"painting with": sum(plan.count for plan in planned), "looking at": sum(plan.looks for plan in planned)}
-    with Progress(*columns, console=console or Console(quiet=True)) as progress:
+    with bars(console) as progress:
         tasks = {f"{work} {name}": progress.add_task(f"{work} {name}", total=total, start=False) for name in names for work, total in totals.items()}
 
         def advance(name: str, count: int) -> None:

@@ -78,7 +78,7 @@ def _recipes() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for place in _PLACES:
         for path in sorted(place.rglob("*.toml")):
-            name, table = path.relative_to(place.parent).as_posix(), read_toml(path)
+            name, table = path.relative_to(_PACKAGE.parent).as_posix(), read_toml(path)
             rows = {f"{name}#{each['name']}": each.get("recipe", {}) for each in table.get("entrants", ())} if "budget" in table else {name: table}
             for label, recipe in rows.items():
                 if kind := recipe.get("algorithm", {}).get("kind"):

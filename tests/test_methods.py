@@ -46,9 +46,9 @@ def test_the_cost_is_that_of_the_defaults() -> None:
 
 def test_shipped_recipes_are_named_by_the_kind_that_they_train() -> None:
     rows = {row.kind: row.recipes for row in methods()}
-    assert "recipes/demo.toml" in rows["forward"]
+    assert "safediffusion/recipes/demo.toml" in rows["forward"]
     assert "recipes/studies/methods.toml#ddpo" in rows["ddpo"]
-    assert read_toml(ROOT / "recipes" / "paper.toml")["algorithm"]["kind"] == "grpo" and "recipes/paper.toml" in rows["grpo"]
+    assert read_toml(ROOT / "recipes" / "paper.toml")["algorithm"]["kind"] == "grpo" and "safediffusion/recipes/paper.toml" in rows["grpo"]
 
 
 def test_for_pages_and_programs() -> None:

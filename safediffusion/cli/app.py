@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -54,7 +56,7 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for what the user can mend, 130 when interrupted, 1 for a bug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with _quiet(), _one_voice():
+    with _quiet(), _one_voice(), _terminable():
         try:
             return _run(arguments)
         except UserError as error:
@@ -89,7 +91,7 @@ def _fail(sentence: str) -> int:
 def _usage(error: TyperException) -> str:
     """What is wrong with the words of the command, and where its help is."""
     context = getattr(error, "ctx", None)
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".").replace(": Value error, ", ": ")
     return f"{message[:1].lower()}{message[1:]}; see {context.command_path if context else 'safediffusion'} --help"
 
 
@@ -117,6 +119,19 @@ def _one_voice() -> Iterator[None]:
         if terminal.process():
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
         yield
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, by which schedulers end a job, is an interrupt. Not in a launch of several processes: one that waits for another would not hear of it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @contextmanager

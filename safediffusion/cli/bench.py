@@ -42,12 +42,12 @@ def command(
 ) -> None:
     """Measure the speed of recipes side by side: images per second, where the time goes, how near to what the machine can do."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from safediffusion.bench.contestants import contestants
     from safediffusion.bench.picture import compared, table
     from safediffusion.bench.run import bench
-    from safediffusion.cli.terminal import progress_columns, progress_console
+    from safediffusion.cli.terminal import progress_console
+    from safediffusion.progress import bars
 
     if model and "=" in model and not Path(model).exists():  # an override, and every recipe has its own model
         model, overrides = None, [model, *(overrides or ())]
@@ -58,7 +58,7 @@ def command(
     spelled += [*(["--device", device] if device else []), *(["--out", str(out)] if out else [])]
     with progress_console().status("reading recipes; a shaped model is made on first use"):
         field = contestants(names, model, changed)
-    with Progress(*progress_columns(), console=progress_console()) as progress:
+    with bars(progress_console()) as progress:
         task = progress.add_task("iterations", total=len(names) * (repeats + 1))
 
         def passed(name: str) -> None:

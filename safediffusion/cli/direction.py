@@ -92,22 +92,21 @@ def _pairs(encoder: str, folder: Path | None, model: str | None, samples: int, d
 
 
 def _sampled(model: str, samples: int, device: Any) -> tuple[Any, ...]:
-    from rich.progress import Progress
-
     from safediffusion import build
-    from safediffusion.cli.terminal import progress_columns, progress_console
+    from safediffusion.cli.terminal import progress_console
     from safediffusion.evaluate.pairs import sample_pairs, stacked
     from safediffusion.evaluate.pictograms import VALIDATION_SETS, check_size
     from safediffusion.evaluate.pictures import native_side
     from safediffusion.policies.latent import load_policy
     from safediffusion.policies.variant import AS_IT_IS
+    from safediffusion.progress import bars
     from safediffusion.subjects import locate
 
     folder = locate(model)
     check_size(native_side(folder), folder)
     policy = load_policy(folder, AS_IT_IS, device)
     prompts = build.prompts(VALIDATION_SETS["seen"], unsafe=True) + build.prompts(VALIDATION_SETS["implicit"], unsafe=True)
-    with Progress(*progress_columns(), console=progress_console()) as progress:
+    with bars(progress_console()) as progress:
         task = progress.add_task("painting pairs", total=len(prompts))
         return stacked(sample_pairs(policy, build.judges(device).detector, prompts, samples, 0, lambda count: progress.advance(task, count)))
 

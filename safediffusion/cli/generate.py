@@ -51,23 +51,21 @@ def command(
     text_encoders: options.TextEncoders = "keep",
     guide: Annotated[
         str | None,
-        typer.Option(metavar="GUIDE", help="Steer while painting: sld (Safe Latent Diffusion), reward, or a TOML file with [guide].", show_default=False),
+        typer.Option(metavar="GUIDE", help="Steer while painting: sld (Safe Latent Diffusion), reward, or a TOML file with \\[guide].", show_default=False),
     ] = None,
     guide_set: options.GuideSet = None,
     device: options.Device = None,
 ) -> None:
     """Paint pictures. Prompts are screened first; a picture depends on its prompt and seed alone."""
-
-    from rich.progress import Progress
-
     from safediffusion import build
-    from safediffusion.cli.terminal import pictures_at_once, progress_columns, progress_console
+    from safediffusion.cli.terminal import pictures_at_once, progress_console
     from safediffusion.data.prompts import read_prompts
     from safediffusion.errors import UserError
     from safediffusion.generation import Setting, generate
     from safediffusion.guided import load_guide
     from safediffusion.policies.settings import Held
     from safediffusion.policies.variant import variant
+    from safediffusion.progress import bars
     from safediffusion.subjects import locate
 
     if prompts is None and not prompt:
@@ -77,9 +75,9 @@ def command(
     setting = Setting(steps, guidance, size, Held(dtype, quantise, text_encoders), load_guide(guide, guide_set or ()))
     at = build.device(device)  # first: under a launcher it finds the other processes, and one of them converts for all
     found = variant(model, locate)
-    with Progress(*progress_columns(), console=progress_console()) as progress:
+    with bars(progress_console()) as progress:
         done = generate(found, asked, out, setting=setting, seed=seed, samples=samples, batch=batch, device=at, progress=progress)
-    typer.echo(f"{out} holds {done.painted + done.there_before} pictures: {done.painted} new, {done.there_before} there before")
+    typer.echo(f"{out} holds the {done.painted + done.there_before} pictures: {done.painted} new, {done.there_before} there before")
     if done.refused:
         typer.echo(f"{done.refused} of {len(asked)} prompts were refused by the prompt screen")
 

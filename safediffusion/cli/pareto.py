@@ -17,7 +17,7 @@ safediffusion pareto alpha.toml --out runs/alpha --jobs 4
 
 
 def command(
-    study: Annotated[Path, typer.Argument(metavar="PARETO.toml", help="A study file with [[sweep]] tables; docs/study.md has the keys.", show_default=False)],
+    study: Annotated[Path, typer.Argument(metavar="PARETO.toml", help="A study file with [\\[sweep]] tables; docs/study.md has the keys.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder of all runs and of pareto.json, .md and .png; the same command again goes on.", show_default=False)],
     jobs: Annotated[int | None, typer.Option(help="Runs at once, one thread each.", show_default="one on each GPU, or on each core", min=1)] = None,
 ) -> None:

@@ -43,14 +43,13 @@ def command(
 
 def performed(asked: Study, out: Path, jobs: int | None, spelled: Sequence[str], drawn: Sequence[str] = ()) -> tuple[list[Standing], dict[str, str]]:
     """All runs under a bar that counts them; an interrupt leaves them to be gone on with."""
-    from rich.progress import Progress
-
-    from safediffusion.cli.terminal import progress_columns, progress_console
+    from safediffusion.cli.terminal import progress_console
+    from safediffusion.progress import bars
     from safediffusion.study.perform import perform
 
-    with Progress(*progress_columns(), console=progress_console()) as bar:
+    with bars(progress_console()) as bar:
         task = bar.add_task("runs", total=len(asked.jobs))
-        return perform(asked, out, jobs=jobs, command=spelled, moved=lambda done, note: bar.update(task, completed=done, description=note or "runs"), drawn=drawn)
+        return perform(asked, out, jobs=jobs, command=spelled, moved=lambda done, note: bar.update(task, completed=done, note=note), drawn=drawn)
 
 
 def complain(asked: Study, failures: dict[str, str]) -> None:

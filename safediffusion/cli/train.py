@@ -33,7 +33,9 @@ def command(
     resolved = load_recipe(recipe, overrides or ())
     if dry_run:
         from safediffusion.cost.plan import outline
+        from safediffusion.hub import local_model
 
+        local_model(resolved.model, resolved.revision)
         typer.echo(dump(resolved), nl=False)
         for line in outline(resolved).splitlines():
             typer.echo(f"# {line}")

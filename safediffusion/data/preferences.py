@@ -116,6 +116,8 @@ def read_preferences(path: Path | str) -> tuple[Preference, ...]:
 
 
 def _manifest(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a folder of sorted pairs, or its {' or '.join(MANIFESTS)}")
     if not path.is_dir():
         return path
     there = next((path / name for name in MANIFESTS if (path / name).is_file()), None)

@@ -96,5 +96,6 @@ class Conditioner:
             self.measured.update(new)
             tokenizer, room = self.family.room(self.text)
             lengths = [len(ids) for ids in tokenizer(new, verbose=False).input_ids]
-            if long := sum(length > room for length in lengths):
-                warnings.warn(f"{long} of {len(new)} prompts have more than {room} tokens; the rest of them is cut", stacklevel=3)
+            if long := [text for text, length in zip(new, lengths, strict=True) if length > room]:
+                shown = long[0] if len(long[0]) <= 40 else f"{long[0][:37]}..."
+                warnings.warn(f"{len(long)} of {len(new)} prompts have more than {room} tokens ({shown!r}); the rest of them is cut", stacklevel=3)

@@ -50,7 +50,7 @@ class CallableReward:
             scores = Scores(scores, {self.name: scores})
         if not isinstance(scores, Scores):
             raise UserError(f"the reward '{self.name}' gave a {type(scores).__name__}; it must give a tensor (B,) or Scores")
-        return checked(scores, len(images), self.name)
+        return checked(scores, len(images), self.name, "mend the function" if bool(torch.isfinite(images).all()) else "the pictures hold NaN: lower the learning rate")
 
 
 def load_callable(name: str) -> Function:
@@ -59,9 +59,13 @@ def load_callable(name: str) -> Function:
     if not module or not attribute:
         raise UserError(f"'{name}' names no function; write module:attribute, such as my_rewards:brightness")
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise UserError(f"'{name}': cannot import {module} ({error}); is its folder on PYTHONPATH?") from error
+        imported = importlib.import_module(module)
+    except Exception as error:  # whatever a user's module does while it is imported
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise UserError(f"'{name}': cannot import {module} ({error}); is its folder on PYTHONPATH?") from error
+        raise UserError(f"'{name}': importing {module} failed ({type(error).__name__}: {error}); mend the module") from error
+    try:
+        function = getattr(imported, attribute)
     except AttributeError as error:
         raise UserError(f"'{name}': {module} has no {attribute}") from error
     if not callable(function):

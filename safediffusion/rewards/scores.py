@@ -12,8 +12,11 @@ from safediffusion.types import Scores
 Measures = dict[str, bool]
 
 
-def checked(scores: Scores, count: int, component: str) -> Scores:
-    """The same scores when total and parts are finite `(count,)`; UserError names the `component` otherwise."""
+_NAN = "the pictures or the weights behind it hold NaN: lower the learning rate, or score in float32"
+
+
+def checked(scores: Scores, count: int, component: str, mend: str = _NAN) -> Scores:
+    """The same scores when total and parts are finite `(count,)`; UserError names the `component` otherwise, and ends in `mend` where they are not finite."""
     for name, values in {"total": scores.total, **scores.parts}.items():
         if not isinstance(values, Tensor) or not values.is_floating_point():
             kind = f"tensor of {str(values.dtype).removeprefix('torch.')}" if isinstance(values, Tensor) else type(values).__name__
@@ -22,10 +25,7 @@ def checked(scores: Scores, count: int, component: str) -> Scores:
             raise UserError(f"the reward '{component}' gave {name} of shape {tuple(values.shape)}; it must be ({count},), one number per picture")
         bad = count - int(torch.isfinite(values).sum())
         if bad:
-            raise UserError(
-                f"the reward '{component}' gave no finite {name} for {bad} of {count} pictures; "
-                "the pictures or the weights behind it hold NaN: lower the learning rate, or score in float32"
-            )
+            raise UserError(f"the reward '{component}' gave no finite {name} for {bad} of {count} pictures; {mend}")
     return scores
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from safediffusion.evaluate.statistics import Estimate
 from safediffusion.report.metric import MISSING, as_value, split
 from safediffusion.report.tables import change_text, value_text
-from safediffusion.study.front import Series, drawn_interval
+from safediffusion.study.front import Series, agreed, drawn_interval
 from safediffusion.study.outcome import Standing, meaning
 from safediffusion.study.plan import Axes, Entrant, Study
 
@@ -98,7 +98,7 @@ def markdown(kept: Sequence[Kept], axes: Axes) -> str:
             "At equal safety another series has what lies on its front between the two points that are a little safer and a little less safe, by a straight line. "
             "Where even the least safe of them is safer than the row, that one is taken. 95 % intervals resample seeds and prompts, the same for both."
         )
-        told += [_table(rows), words]
+        told += [_table(rows), " ".join([words, *agreed(other.more for each in kept for other in each.beside)])]
     return "\n\n".join(told)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -95,9 +95,16 @@ def markdown(series: Sequence[Series], axes: Axes) -> str:
     """The hypervolumes as a table, and which points are on a front."""
     lines = ["| series | points | on the front | hypervolume |", "|---|---:|---|---:|"]
     lines += [f"| {each.label} | {len(each.rows)} | {', '.join(each.front)} | {_spelled(each.volume)} |" for each in series]
-    said = [f"{one.label} less {other.label}: {_spelled(one.less(other))}." for at, one in enumerate(series) for other in series[at + 1 :]]
+    differences = {f"{one.label} less {other.label}": one.less(other) for at, one in enumerate(series) for other in series[at + 1 :]}
+    said = [f"{names}: {_spelled(more)}." for names, more in differences.items()]
     corner = f"Hypervolumes reach to {axes.unsafe} = {axes.reference[0]:g} and {axes.quality} = {axes.reference[1]:g}; 95 % intervals by resampling seeds and prompts."
-    return "\n\n".join(["\n".join(lines), " ".join([*said, corner])])
+    return "\n\n".join(["\n".join(lines), " ".join([*said, corner, *agreed([*differences.values(), *(each.volume for each in series)])])])
+
+
+def agreed(estimates: Iterable[Estimate | None]) -> list[str]:
+    """What is to be said where an interval has no width."""
+    points = any(each is not None and each.high - each.low < 1e-9 for each in estimates)
+    return ["An interval without width says that all pictures behind it agree, as a few easily do, and not that nothing is in doubt."] if points else []
 
 
 def picture(series: Sequence[Series], rows: Sequence[Standing], axes: Axes, title: str) -> bytes:
@@ -110,7 +117,7 @@ def picture(series: Sequence[Series], rows: Sequence[Standing], axes: Axes, titl
         axis = grid[0][0]
         names = []
         for each, colour in zip(series, cycle(COLOURS), strict=False):
-            names += [_point(axis, row, axes, scales, colour, str(row.entrant.value) if row.entrant else "") for row in each.rows]
+            names += [_point(axis, rows[0], axes, scales, colour, ", ".join(str(row.entrant.value) for row in rows if row.entrant)) for rows in _coinciding(each)]
             front = sorted((row for row in each.rows if row.name in each.front), key=lambda row: row.values[axes.quality].value)
             ends = [[scale * row.values[of].value for row in front] for scale, of in zip(scales, (axes.quality, axes.unsafe), strict=True)]
             axis.plot(*ends, color=colour, linewidth=1.4, label=f"{each.label}: hypervolume {each.volume.value:.3f}")
@@ -133,6 +140,14 @@ def _drawable(row: Standing, axes: Axes) -> bool:
     """Whether both axes are means of what was measured picture by picture, which an interval needs."""
     results = row.outcomes[0].results
     return all(name in row.values and is_mean(results, results.metric(name)) and pictures(row.outcomes, name).size for name in (axes.unsafe, axes.quality))
+
+
+def _coinciding(series: Series) -> list[list[Standing]]:
+    """The rows of a series by where they stand, so that those of one place have one name together."""
+    places: dict[tuple[float, ...], list[Standing]] = {}
+    for row, point in zip(series.rows, series.points.round(6), strict=True):
+        places.setdefault(tuple(point), []).append(row)
+    return list(places.values())
 
 
 def _point(axis: Any, row: Standing, axes: Axes, scales: Sequence[float], colour: str, label: str) -> Text:

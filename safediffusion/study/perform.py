@@ -13,6 +13,7 @@ from safediffusion.errors import UserError
 from safediffusion.files import write_bytes, write_json, write_text
 from safediffusion.provenance import commit, versions
 from safediffusion.study import budgets, front
+from safediffusion.study.beforehand import check
 from safediffusion.study.outcome import Standing, standings
 from safediffusion.study.picture import curves
 from safediffusion.study.plan import Study
@@ -35,6 +36,7 @@ def perform(
 
     `drawn` names metrics that must be among what is measured. Returns the rows, and the runs that failed with a sentence for each. UserError when no run was measured.
     """
+    check(study, out)
     failures = carry_out(study, out, jobs or len(cards()) or os.cpu_count() or 1, moved, drawn)
     rows = standings(study, out)
     if len(rows) < 2:

@@ -185,7 +185,9 @@ def _made(path: Path, asked: StudySettings, entrant: EntrantSettings | Sweep, as
     if of_guide and not entrant.guide:
         raise UserError(f'{path}, {entrant.name}: {assignment.partition("=")[0]} changes a guide, and there is none; give guide = {{kind = "sld"}}')
     guide = guide_of(override({"guide": entrant.guide}, of_guide), f"{path}, {entrant.name}") if entrant.guide else None
-    trained = guide is None or entrant.file or entrant.recipe or of_recipe
+    trained = entrant.file or entrant.recipe or of_recipe or (guide is None and "algorithm" in asked.base)
+    if not trained and guide is None:
+        raise UserError(f'{path}, {entrant.name}: nothing says how it is trained; give recipe = {{algorithm = {{kind = "..."}}}}, a file, or a guide')
     return _recipe(path, asked, entrant, of_recipe) if trained else None, guide
 
 
@@ -220,6 +222,10 @@ def _within(asked: StudySettings, recipe: Recipe, where: str) -> Recipe:
     counts = counts_of(recipe)
     if counts is None:
         raise UserError(f"{where}: nobody counts the forwards of algorithm.kind = {recipe.algorithm.kind!r}; give the budget in seconds")
+    if budget.forwards < counts.counted / 2:
+        raise UserError(
+            f"{where}: one iteration takes {counts.counted:,.0f} forwards, far more than budget.forwards = {budget.forwards:,.10g}; raise it, or take fewer prompts"
+        )
     steps = max(1, round(budget.forwards / counts.counted))
     if not (asked.probes and recipe.probe.every):
         return dataclasses.replace(recipe, steps=steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -21,11 +20,12 @@ import torch
 
 from safediffusion.config import dump
 from safediffusion.errors import UserError
-from safediffusion.files import check_writable, explained, read_jsonl, read_text, write_text
+from safediffusion.files import check_writable, explained, read_jsonl, write_text
 from safediffusion.guided import GuideFile, described
 from safediffusion.measurement import PICTURES, SCORES
 from safediffusion.report.metric import AGAINST_BASE, metric
 from safediffusion.report.results import read_results
+from safediffusion.study.beforehand import extent_of, guide_in, run_of
 from safediffusion.study.outcome import is_mean
 from safediffusion.study.plan import BASE, Job, Study
 from safediffusion.train.log import NAME as METRICS
@@ -105,7 +105,7 @@ def places(workers: int) -> list[dict[str, str]]:
 def _measure_base(shop: Workshop) -> None:
     out = shop.folder / BASE
     words = shop.evaluation(shop.study.model, out, against=False)
-    if _run_of(out).get("command") != shlex.join(["safediffusion", *words]) or not all((out / each).is_dir() for each in (PICTURES, SCORES)):
+    if not _is_measured(run_of(out), words) or not all((out / each).is_dir() for each in (PICTURES, SCORES)):
         (out / RESULTS).unlink(missing_ok=True)
         (shop.folder / f"{BASE}.log").unlink(missing_ok=True)
         _call(shop, words, shop.folder / f"{BASE}.log")
@@ -126,7 +126,7 @@ def _finish(shop: Workshop, job: Job, base: Future[None]) -> None:
     out, log, recipe, guide = shop.path(job), shop.folder / f"{job.name}.log", job.recipe, job.entrant.guide
     steered = out / "guide.toml" if guide else None
     words = shop.evaluation(shop.study.model if recipe is None else str(out), out, against=True, guide=steered)
-    if _is_of(measured := _run_of(out), job) and measured.get("command") == shlex.join(["safediffusion", *words]):
+    if _is_of(measured := run_of(out), job) and _is_measured(measured, words):
         return
     log.unlink(missing_ok=True)
     (out / RESULTS).unlink(missing_ok=True)  # of another recipe, extent or guide: if this run fails, they are not taken for its own
@@ -182,20 +182,16 @@ def _told(error: BaseException) -> str:
     raise error
 
 
-def _run_of(folder: Path) -> dict[str, Any]:
-    """What the results in a folder say of their making; empty where there are none."""
-    path = folder / RESULTS
-    try:
-        return json.loads(read_text(path))["run"] if path.is_file() else {}
-    except (ValueError, KeyError, TypeError):
-        return {}
+def _is_measured(run: dict[str, Any], words: Sequence[str]) -> bool:
+    """Whether a measurement is as the words of an evaluation ask."""
+    return bool(run) and extent_of(run.get("command", "")) == extent_of(shlex.join(words))
 
 
 def _is_of(run: dict[str, Any], job: Job) -> bool:
     """Whether a measurement is of this recipe, and under this guide."""
     recipe = {} if job.recipe is None else tomllib.loads(dump(job.recipe))
     guide = described(job.entrant.guide) if job.entrant.guide else None
-    return run.get("recipe") == recipe and run.get("models", {}).get("trained", {}).get("guide") == guide
+    return run.get("recipe") == recipe and guide_in(run) == guide
 
 
 def _share(shop: Workshop, job: Job) -> float:

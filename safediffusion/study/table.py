@@ -140,4 +140,5 @@ def _budget(study: Study) -> str:
     if not any(each.recipe for each in study.entrants):
         return ""
     spelled = {"denoiser forwards": budget.forwards, "processor seconds": budget.seconds, "seconds": budget.wall}
-    return "".join(f"Every training had {most:,.10g} {unit}. " for unit, most in spelled.items() if most is not None)
+    nearest = ", to the nearest iteration" if budget.forwards else ""
+    return "".join(f"Every training had {most:,.10g} {unit}{nearest}. " for unit, most in spelled.items() if most is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ class Chosen:
     which: Which
     step: int
     weights: dict[str, Tensor]
+    safer: float | None = None  # the unsafe rate of a checkpoint that was safer by no more than chance, where there was one
 
     def __str__(self) -> str:
         if self.which == "best" and self.step == 0:
             return "the base model as it was: no later probe was both sound and safer"
         words = {"best": "the best checkpoint by the probes", "last": "the last checkpoint"}[self.which]
-        return f"{words} (iteration {self.step})"
+        level = "" if self.safer is None else f"; another was safer, at {self.safer:.1%}, by no more than chance"
+        return f"{words} (iteration {self.step}{level})"
 
 
 def choose(folder: Path, names: Sequence[str], which: Which | None = None) -> Chosen:
@@ -49,7 +52,8 @@ def choose(folder: Path, names: Sequence[str], which: Which | None = None) -> Ch
                 raise UserError(f"{error}; pass --checkpoint last") from None
             warnings.warn(f"{error}; the last checkpoint is taken instead", stacklevel=2)
         else:
-            return Chosen("best", best.progress.step, best.policy)
+            least = progress.best.get("least_unsafe", math.nan)
+            return Chosen("best", best.progress.step, best.policy, least if least < progress.best["unsafe_rate"] else None)
     if which == "best":
         raise UserError(f"{folder} has no best checkpoint: its run was not probed, or no probe passed; pass --checkpoint last")
     last = checkpoint.read(checkpoint.path_of(folder / "checkpoints", progress.step))

@@ -11,18 +11,24 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from safediffusion import ranks, seeds
 from safediffusion.algorithms.update import Learner
 from safediffusion.errors import UserError
 from safediffusion.evaluate.statistics import Estimate
+from safediffusion.progress import bars
 from safediffusion.rollout import DRIFT
 from safediffusion.train import checkpoint, log, probes
 from safediffusion.train.average import Average
 from safediffusion.train.limit import Limit
 from safediffusion.types import Algorithm, Prompt
 from safediffusion.weights import load_optimizer, optimizer_tensors
+
+_DEAD = 10  # iterations without a living group, after which it is said once
+_NOTHING = (
+    f"the last {_DEAD} iterations had nothing to learn from: the pictures of each prompt score alike, to within algorithm.least_spread; "
+    "where that is so from the start, the reward does not tell them apart"
+)
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,17 @@ def train(run: Run, folder: Path, console: Console, trackers: Callable[[dict, in
         console.print(f"resuming after iteration {progress.step} of {run.steps}")
     if progress.step == 0 and run.measure is not None and run.probe.every:
         progress = _probe(run, folder, progress, clock, console, trackers)
-    with _bar(console) as bar:
-        task = bar.add_task("train", total=run.steps, completed=progress.step, note="")
+    dead = 0  # iterations in a row that had nothing to learn from
+    with bars(console) as bar:
+        task = bar.add_task("train", total=run.steps, completed=progress.step)
         while not _done(run, progress) and not _gone_bad(run, progress):
             progress, record = _iterate(run, progress, clock)
             if ranks.is_main():
                 log.append(folder, record)
                 trackers(record, progress.step)
+            dead = dead + 1 if record.get("dead_groups") == 1 else 0
+            if dead == _DEAD:
+                console.print(f"[yellow]iteration {progress.step}: {_NOTHING}[/yellow]")
             if run.measure is not None and run.probe.every and (probes.due(run.probe, progress.step, run.steps) or _done(run, progress)):
                 progress = _probe(run, folder, progress, clock, console, trackers)
             if progress.step % run.checkpoint_every == 0 or _done(run, progress):
@@ -191,11 +201,6 @@ def _peak_memory() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    return Progress(*columns, console=console)
 
 
 def _note(record: Mapping, progress: checkpoint.Progress) -> str:

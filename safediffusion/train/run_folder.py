@@ -37,7 +37,7 @@ def entered(folder: Path, recipe: str, identity: Mapping[str, Any], command: Seq
         facts = read_facts(folder)
         if facts is None:
             _check_empty(folder)
-        elif _begun(folder):
+        elif begun(folder):
             _check_same(folder, facts["identity"], identity)
         else:  # it failed before its first line: a mended recipe may have the folder
             facts = None
@@ -88,7 +88,8 @@ def _check_empty(folder: Path) -> None:
         raise UserError(f"{folder} is not empty and not the folder of a run (it holds {others[0]}); choose another --out")
 
 
-def _begun(folder: Path) -> bool:
+def begun(folder: Path) -> bool:
+    """Whether the run in a folder has anything to go on with."""
     return (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoints/*.safetensors"))
 
 

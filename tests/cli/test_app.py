@@ -18,6 +18,12 @@ from safediffusion.cli.app import main
 COMMANDS = [["demo"], ["train"], ["generate"], ["evaluate"], ["report"], ["export"], ["direction"], ["bench"], ["methods"], ["study"], ["pareto"], ["tiny", "build"]]
 
 
+def test_help_keeps_what_stands_in_brackets(command, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "a TOML file with [guide]" in command("generate", "--help").out
+    assert "with [[sweep]] tables" in command("pareto", "--help").out
+
+
 @pytest.mark.parametrize("name", COMMANDS, ids=" ".join)
 def test_help_shows_examples_that_can_be_run(command, name) -> None:
     ended = command(*name, "--help")
@@ -44,6 +50,7 @@ def test_version(command) -> None:
             ("generate", "pictograms", "--samples", 0, "--out", "there"),
             "invalid value for '--samples': Input should be greater than or equal to 1; see safediffusion generate --help",
         ),
+        (("methods", "--format", "jsn"), "invalid value for '--format': 'jsn' is not one of 'table', 'markdown', 'json'; see safediffusion methods --help"),
         (("evaluate", "pictograms"), "--out is missing: name a folder for the results"),
     ],
 )
@@ -92,7 +99,8 @@ def test_our_warnings_are_one_line_and_those_of_libraries_none(command, monkeypa
     assert (ended.code, ended.err) == (0, "warning: two prompts are cut\n")
 
 
-def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(recipe: Path, tmp_path: Path, shell) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "a scheduler"])
+def test_an_interrupt_says_how_to_go_on_and_the_same_command_does(sent: signal.Signals, recipe: Path, tmp_path: Path, shell) -> None:
     asked = [sys.executable, "-m", "safediffusion", "train", str(recipe), "steps=15", "probe.every=0", "--out", str(tmp_path / "run")]
     # A shell that runs tests in the background has its children ignore the signal.
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
@@ -101,7 +109,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(recipe: Path, tmp_pa
     until = time.monotonic() + 300
     while not list(checkpoints.glob("step-*")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert said.endswith("interrupted; the same command again goes on where it stopped\n")

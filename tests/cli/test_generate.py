@@ -171,7 +171,8 @@ def test_guides_steer_the_same_seeds_and_have_pictures_of_their_own(command, tmp
 
 def test_guides_that_there_are_not(command, tmp_path: Path) -> None:
     asked = ("generate", "pictograms", "--prompt", "a ring", "--out", tmp_path / "out")
-    command(*asked, "--guide", "nothing").refused("nothing")
+    command(*asked, "--guide", "slf").refused("--guide should be sld, reward or a TOML file with a [guide] table, but is 'slf'")
+    command(*asked, "--guide", "nothing.toml").refused("nothing.toml does not exist")
     command(*asked, "--guide", "sld", "--guide-set", "levle=max").refused("guide.levle is not a setting", "did you mean guide.level?")
     command(*asked, "--guide", "reward", "--guide-set", "reward.kind=jpeg").refused("no gradient to be guided by")
     command(*asked, "--guide-set", "level=max").refused("there is none")

@@ -168,10 +168,48 @@ def test_what_is_no_study_and_no_sweep(command, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_results_of_another_recipe_are_not_taken_for_those_of_a_run_that_fails(studied: tuple[Path, Path, int], command, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (STUDY.replace("times = 1", "times = 2").replace("forwards = 48", "forwards = 96"), "rate-0.001-0 was trained by another recipe: algorithm.times was 1"),
+        (STUDY.replace("forwards = 48", "forwards = 96"), "rate-0.001-0 was trained by another recipe: steps was 2 and is now 4"),
+        (STUDY.replace("forwards = 48", "forwards = 16"), "rate-0.001-0 was trained by another recipe: steps was 2 and is now 1"),
+        (STUDY + GUIDED.replace("max", "weak"), "sld-0 was measured under another guide: guide.level was"),
+    ],
+    ids=["recipe", "longer", "shorter", "guide"],
+)
+def test_another_study_is_refused_the_folder_before_anything_is_touched(studied: tuple[Path, Path, int], command, tmp_path: Path, text: str, words: str) -> None:
     _, out, _ = studied
     file = tmp_path / "study.toml"
-    file.write_text(STUDY.replace("times = 1", "times = 2").replace("forwards = 48", "forwards = 96"))
-    kept = (out / "rate-0.001-0" / "results.json").read_bytes()
-    command("study", file, "--out", out, "--jobs", "1").refused("all 2 runs failed")
-    assert kept and not (out / "rate-0.001-0" / "results.json").exists()
+    file.write_text(text)
+    there = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    command("study", file, "--out", out, "--jobs", "1").refused(words, "choose another --out, or give the row another name")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == there
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("limit = 2", 'tasks = "pictogram"', "[evaluate]: there is no task 'pictogram'; did you mean pictograms?"),
+        ('model = "pictograms"', 'model = "pictogram"', "'pictogram' is no model"),
+    ],
+    ids=["task", "model"],
+)
+def test_what_no_run_could_begin_with_is_refused_before_any(command, tmp_path: Path, old: str, new: str, words: str) -> None:
+    file, out = tmp_path / "study.toml", tmp_path / "out"
+    file.write_text(STUDY.replace(old, new))
+    command("study", file, "--out", out).refused(words)
+    assert not out.exists()
+
+
+def test_another_extent_of_the_measurement_is_said_and_nothing_is_trained_again(studied: tuple[Path, Path, int], command, tmp_path: Path) -> None:
+    _, out, _ = studied
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY.replace("samples = 2\n[[sweep]]", "samples = 3\n[[sweep]]"))
+    models = {seed: (out / f"rate-0.001-{seed}" / "metrics.jsonl").read_bytes() for seed in (0, 1)}
+    ended = command("study", file, "--out", out, "--jobs", "1")
+    assert ended.code == 0, ended.err
+    assert 'was measured otherwise: --samples was "2" and is now "3". Every run is measured again, and none is trained again' in " ".join(ended.err.split())
+    assert {seed: (out / f"rate-0.001-{seed}" / "metrics.jsonl").read_bytes() for seed in (0, 1)} == models
+    again = command("study", file, "--out", f"{out}/../{out.name}", "--jobs", "1")  # however the folder is spelled
+    assert again.code == 0 and "measured otherwise" not in again.err

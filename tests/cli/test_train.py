@@ -109,6 +109,7 @@ def test_dry_run_says_what_a_picture_costs(command, recipe: Path) -> None:
     assert said[0] == "# 6 denoiser forwards per image (2 of the rollout, 4 of training; a backward counts as two), 4 images per iteration"
     assert "TFLOP per image" in said[1]
     assert said[-1] == "# fits a card of 8 GB"
+    command("train", recipe, "model=pictogram", "--dry-run").refused("'pictogram' is no model: give a local folder, `pictograms`")
     elsewhere = command("train", recipe, "model=someone/some-model", "--dry-run").out.splitlines()[-1]
     assert elsewhere.startswith("# 6 denoiser forwards")
     assert "TFLOP" not in elsewhere

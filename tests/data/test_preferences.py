@@ -84,6 +84,8 @@ def test_what_is_no_set_of_pairs_is_refused(folder: Folder, tmp_path: Path) -> N
         read_preferences(folder(text="prompt,chosen\na,b\n", name="other.csv") / "other.csv")
     with pytest.raises(UserError, match="does not exist"):
         read_preferences(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match="nowhere does not exist; give a folder of sorted pairs"):
+        read_preferences(tmp_path / "nowhere")
 
 
 def test_a_picture_is_encoded_once_and_draws_say_which_pair(folder: Folder) -> None:

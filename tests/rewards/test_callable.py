@@ -58,6 +58,31 @@ def test_functions_are_found_by_name():
 
 
 @pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def f(images, prompts) return 0", "importing own_reward failed .SyntaxError: .*mend the module"),
+        ("scale = unheard_of", "importing own_reward failed .NameError: name 'unheard_of' is not defined.; mend the module"),
+        ("import no_such_module", "importing own_reward failed .ModuleNotFoundError: No module named 'no_such_module'.; mend the module"),
+        ("open('no-such-file')", "'own_reward:f': importing own_reward failed .FileNotFoundError: "),
+    ],
+)
+def test_a_module_that_fails_while_it_is_imported(tmp_path, monkeypatch, source, message):
+    (tmp_path / "own_reward.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=message) as raised:
+        load_callable("own_reward:f")
+    assert "PYTHONPATH" not in str(raised.value)
+
+
+def test_what_is_not_finite_is_the_functions_unless_the_pictures_are_not():
+    mine = CallableReward(lambda images, prompts: images.mean((1, 2, 3)) / 0, "mine")
+    with pytest.raises(UserError, match="'mine' gave no finite total for . of . pictures; mend the function"):
+        mine(IMAGES, PROMPTS)
+    with pytest.raises(UserError, match="the pictures hold NaN: lower the learning rate"):
+        mine(IMAGES * float("nan"), PROMPTS)
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("brightness", "write module:attribute"),

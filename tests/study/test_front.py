@@ -110,6 +110,8 @@ def test_what_is_written_of_a_sweep(study: Study) -> None:
     assert [each["name"] for each in told["series"]] == ["low", "high"]
     assert told["differences"][0]["of"] == "low" and told["differences"][0]["value"] == 0
     assert "low less high: 0.000 [0.000 to 0.000]" in front.markdown(series, axes)
+    without = "An interval without width says that all pictures behind it agree"
+    assert without in front.markdown(series, axes) and without not in front.markdown(series[:1], axes)
     drawn = front.picture(series, rows, axes, "a sweep")
     assert drawn.startswith(b"\x89PNG") and drawn == front.picture(series, rows, axes, "a sweep")  # names are moved apart the same way again
     many = [replace(series[0], name=str(number)) for number in range(len(COLOURS))]

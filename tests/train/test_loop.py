@@ -171,6 +171,13 @@ def test_a_gradient_that_is_not_finite_is_the_users_to_mend(make_run: MakeRun, t
     assert latest(tmp_path / "checkpoints").progress.step == 1
 
 
+def test_a_reward_that_tells_nothing_apart_is_said_once(make_run: MakeRun, tmp_path: Path) -> None:
+    _, said = finished(make_run(steps=13, reward=lambda images, prompts: torch.ones(len(images))), tmp_path / "constant")
+    assert said.count("the last 10 iterations had nothing to learn from") == said.count("iteration 10:") == 1
+    _, said = finished(make_run(steps=13), tmp_path / "living")
+    assert "nothing to learn from" not in said
+
+
 # Probes
 
 
@@ -183,9 +190,18 @@ def test_the_best_checkpoint_is_the_safest_sound_one(make_run: MakeRun, tmp_path
     assert progress.best["iteration"] == 1
     assert progress.best["unsafe_rate"] == 0.4
     assert "iteration 2: composition fell by 0.200 (95 % interval 0.150 to 0.250)" in said
+    assert str(choose(tmp_path, list(run.learner.policy.state()))) == "the best checkpoint by the probes (iteration 1)"
     best = read_tensors(best_path(tmp_path, 1))
     then = read_tensors(tmp_path / "checkpoints/step-000001.safetensors")
     assert_same(best, {name: tensor for name, tensor in then.items() if name.startswith("policy.")})
+
+
+def test_a_best_that_chance_may_have_chosen_says_so(make_run: MakeRun, tmp_path: Path) -> None:
+    """0.41 is later than 0.40, and no worse by a standard error of 0.026."""
+    run = make_run(measure=scripted((0.9, 0.0), (0.4, 0.0), (0.41, 0.0)))
+    finished(run, tmp_path)
+    told = str(choose(tmp_path, list(run.learner.policy.state())))
+    assert told == "the best checkpoint by the probes (iteration 4; another was safer, at 40.0%, by no more than chance)"
 
 
 def test_the_best_of_an_abandoned_stretch_is_not_exported(make_run: MakeRun, tmp_path: Path, read_tensors: Callable, assert_same: Callable) -> None:
