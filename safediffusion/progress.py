@@ -45,7 +45,7 @@ class Bars:
         self._said, task = time.monotonic(), next(each for each in self.drawn.tasks if each.id == which)
         left = "" if task.time_remaining is None else f", about {_clock(task.time_remaining)} left"
         note = f"; {task.fields['note']}" if task.fields.get("note") else ""
-        console.print(f"{task.description}: {task.completed:.4g} of {task.total or 0:.4g} after {_clock(task.elapsed or 0)}{left}{note}", markup=False)
+        console.print(f"{task.description}: {_count(task.completed)} of {_count(task.total or 0)} after {_clock(task.elapsed or 0)}{left}{note}", markup=False)
 
 
 @contextmanager
@@ -67,6 +67,10 @@ class _Note:
 
     def __call__(self, task: Task) -> Text:
         return Text(task.fields.get("note", ""), no_wrap=True, overflow="ellipsis")
+
+
+def _count(number: float) -> str:
+    return f"{round(number, 1):,.10g}"
 
 
 def _clock(seconds: float) -> str:

@@ -29,6 +29,14 @@ def test_a_log_has_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "of 4 after" not in shown(monkeypatch, 3600.0)
 
 
+def test_large_counts_are_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    file = io.StringIO()
+    with progress.bars(Console(file=file, width=200)) as bars:
+        bars.update(bars.add_task("painting", total=3_000_000), completed=12_345.678)
+    assert "painting: 12,345.7 of 3,000,000 after" in file.getvalue()
+
+
 def test_a_terminal_has_no_lines_and_a_quiet_console_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "of 4 after" not in shown(monkeypatch, 0.0, force_terminal=True)
     assert shown(monkeypatch, 0.0, quiet=True) == ""

@@ -60,7 +60,7 @@ def load_callable(name: str) -> Function:
         raise UserError(f"'{name}' names no function; write module:attribute, such as my_rewards:brightness")
     try:
         imported = importlib.import_module(module)
-    except Exception as error:  # whatever a user's module does while it is imported
+    except (Exception, SystemExit) as error:  # whatever a user's module does while it is imported
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"'{name}': cannot import {module} ({error}); is its folder on PYTHONPATH?") from error
         raise UserError(f"'{name}': importing {module} failed ({type(error).__name__}: {error}); mend the module") from error

@@ -1,79 +1,116 @@
-"""Mistakes of a study that are found before any of its processes starts, and runs in its folder that are others than it asks for."""
+"""What a study finds in its folder, and the mistakes that it finds before any of its processes starts."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import tomllib
 import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from safediffusion.config import dump, read_toml
+from safediffusion import build
+from safediffusion.config import read_toml, resolve
 from safediffusion.errors import UserError
 from safediffusion.evaluate.run import Extent, plans
 from safediffusion.evaluate.task import choose
 from safediffusion.files import read_text
 from safediffusion.guided import described
+from safediffusion.measurement import PICTURES, SCORES
 from safediffusion.policies.variant import variant
-from safediffusion.study.plan import BASE, Job, Study
+from safediffusion.recipe import Recipe
+from safediffusion.study.plan import BASE, Job, Measuring, Study
 from safediffusion.subjects import locate
 from safediffusion.train import run_folder
 
-_EXTENT = ("--tasks", "--limit", "--samples")  # what a study decides of an evaluation
+_FILES = ("prompts", "anchors", "pairs")  # of an identity: what the files of a recipe held
+_MEND = "choose another --out, or give the row another name, or remove that folder"
 
 
 def check(study: Study, folder: Path) -> None:
     """UserError for what no run could begin with, and for a run in `folder` that was made by another recipe or guide; a hub model is fetched."""
     asked = study.settings.evaluate
+    for job in study.jobs:
+        _check_run(folder / job.name, job)
+    if base_is_there(study, folder) and all(is_there(study, folder, job) for job in study.jobs):
+        return  # the tables alone are written, and need no model
     try:
         plans(choose(asked.tasks), Extent(limit=asked.limit, samples=asked.samples))
     except UserError as error:
         raise UserError(f"[evaluate]: {error}") from error
     variant(study.model, locate)
-    for job in study.jobs:
-        _check_run(folder / job.name, job)
-    command = run_of(folder / BASE).get("command", "")
-    if command and (subject := shlex.split(command)[2]) != study.model:
-        raise UserError(f"{folder} holds a study of {subject}, and this one is of {study.model}; choose another --out")
-    was, now = extent_of(command), {"--tasks": asked.tasks, "--limit": asked.limit, "--samples": asked.samples}
-    if was and (found := run_folder.difference(was, {name: str(value) for name, value in now.items() if value is not None})):
-        warnings.warn(f"{folder} was measured otherwise: {found}. Every run is measured again, and none is trained again", stacklevel=2)
+    if measured := _run_of(folder / BASE):
+        words = shlex.split(measured["command"])
+        if (subject := words[2]) != study.model:
+            raise UserError(f"{folder} holds a study of {subject}, and this one is of {study.model}; choose another --out")
+        if found := run_folder.difference(_extent_of(measured), _extent(asked)):
+            warnings.warn(f"{folder} was measured otherwise: {found}. Every run is measured again, and none is trained again", stacklevel=2)
+
+
+def base_is_there(study: Study, folder: Path) -> bool:
+    """Whether the base is measured as the study asks, and what the runs share of it is at hand."""
+    out = folder / BASE
+    return _extent_of(_run_of(out)) == _extent(study.settings.evaluate) and all((out / each).is_dir() for each in (PICTURES, SCORES))
+
+
+def is_there(study: Study, folder: Path, job: Job) -> bool:
+    """Whether the run is trained and measured as the study asks."""
+    measured = _run_of(folder / job.name)
+    if _extent_of(measured) != _extent(study.settings.evaluate) or _guide_of(measured) != _guide(job):
+        return False
+    if job.recipe is None:
+        return not measured.get("recipe")
+    try:
+        return _decisive(resolve(Recipe, measured.get("recipe", {}))) == _decisive(job.recipe)
+    except UserError:  # of another version
+        return False
 
 
 def _check_run(out: Path, job: Job) -> None:
     """What compares runs must not go on with one that began as another: its steps, too, decide when it was probed."""
-    mend = "choose another --out, or give the row another name, or remove that folder"
-    if job.recipe is not None and run_folder.is_run(out) and run_folder.begun(out):
-        was, now = (_decisive(table) for table in (read_toml(out / run_folder.RECIPE), tomllib.loads(dump(job.recipe))))
-        if found := run_folder.difference(was, now):
-            raise UserError(f"{out} was trained by another recipe: {found}; {mend}")
-    measured = run_of(out)
-    guide = described(job.entrant.guide) if job.entrant.guide else None
-    if measured and (found := run_folder.difference({"guide": guide_in(measured)}, {"guide": guide})):
-        raise UserError(f"{out} was measured under another guide: {found}; {mend}")
+    facts, measured = run_folder.read_facts(out), _run_of(out)
+    if job.recipe is None and facts is not None:
+        raise UserError(f"{out} is a run that was trained, and the row only guides now; {_MEND}")
+    if job.recipe is not None and facts is None and measured:
+        raise UserError(f"{out} was measured without a training, and the row has one now; {_MEND}")
+    if job.recipe is not None and facts is not None and run_folder.begun(out):
+        read = resolve(Recipe, read_toml(out / run_folder.RECIPE), str(out / run_folder.RECIPE))  # what it leaves out, as one of an older version may, is as by default
+        was = _decisive(read) | {name: facts["identity"][name] for name in _FILES if name in facts["identity"]}
+        if found := run_folder.difference(was, _decisive(job.recipe)):
+            raise UserError(f"{out} was trained by another recipe: {found}; {_MEND}")
+    if measured and (found := run_folder.difference({"guide": _guide_of(measured)}, {"guide": _guide(job)})):
+        raise UserError(f"{out} was measured under another guide: {found}; {_MEND}")
 
 
-def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in recipe.items() if name != "log"}
+def _decisive(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides a result, as JSON."""
+    return {name: value for name, value in json.loads(json.dumps(build.identity(recipe))).items() if name != "log"}
 
 
-def run_of(folder: Path) -> dict[str, Any]:
-    """What the results in a folder say of their making; empty where there are none."""
+def _run_of(folder: Path) -> dict[str, Any]:
+    """What the results in a folder say of their making; empty where a study made none there."""
     path = folder / run_folder.RESULTS
     try:
-        return json.loads(read_text(path))["run"] if path.is_file() else {}
-    except (ValueError, KeyError, TypeError):
+        run = json.loads(read_text(path))["run"] if path.is_file() else {}
+        return run if run["command"].startswith("safediffusion evaluate ") else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def guide_in(measured: dict[str, Any]) -> dict[str, Any] | None:
-    """The guide of a measurement, by what it says of its making."""
+def _extent_of(measured: dict[str, Any]) -> dict[str, str]:
+    """On how much a command measured, whatever its folders are called; empty for none."""
+    words = shlex.split(measured.get("command", ""))
+    return {name: value for name, value in pairwise(words) if name in ("--tasks", "--limit", "--samples")}
+
+
+def _extent(asked: Measuring) -> dict[str, str]:
+    named = {"--tasks": asked.tasks, "--limit": asked.limit, "--samples": asked.samples}
+    return {name: str(value) for name, value in named.items() if value is not None}
+
+
+def _guide_of(measured: dict[str, Any]) -> dict[str, Any] | None:
     return measured.get("models", {}).get("trained", {}).get("guide")
 
 
-def extent_of(command: str) -> dict[str, str]:
-    """On how much an `evaluate` command measures, whatever its folders are called; empty for no command."""
-    words = shlex.split(command)
-    return {name: value for name, value in pairwise(words) if name in _EXTENT}
+def _guide(job: Job) -> dict[str, Any] | None:
+    return described(job.entrant.guide) if job.entrant.guide else None

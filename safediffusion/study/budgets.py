@@ -49,7 +49,7 @@ class Kept:
     @property
     def within(self) -> int:
         """How many seeds lie within SLACK above the budget, or below it. One without a result does not."""
-        return sum(each is not None and each.value <= self.budget + SLACK for each in self.reached)
+        return sum(each is not None and each.value <= self.budget + SLACK + 1e-9 for each in self.reached)
 
 
 def budgets(study: Study, series: Sequence[Series]) -> list[Kept]:

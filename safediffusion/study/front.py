@@ -180,10 +180,12 @@ def _resampled(rows: Sequence[Standing], axes: Axes) -> NDArray[np.float64]:
 
 
 def _stretch(seeds: int) -> float:
-    """1 for a single seed, which has no scatter to stretch."""
+    """1 for a single seed, which has no scatter to stretch. Of two, the ends of the interval are the two themselves, a standard error from their mean."""
     if seeds == 1:
         return 1.0
     tail = (1 + CONFIDENCE) / 2
+    if seeds == 2:
+        return float(stdtrit(1, tail))
     return float(stdtrit(seeds - 1, tail) / ndtri(tail) * np.sqrt(seeds / (seeds - 1)))
 
 

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import tomllib
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 
 from safediffusion.config import dump
 from safediffusion.errors import UserError
 from safediffusion.files import check_writable, explained, read_jsonl, write_text
-from safediffusion.guided import GuideFile, described
+from safediffusion.guided import GuideFile
 from safediffusion.measurement import PICTURES, SCORES
 from safediffusion.report.metric import AGAINST_BASE, metric
 from safediffusion.report.results import read_results
-from safediffusion.study.beforehand import extent_of, guide_in, run_of
+from safediffusion.study.beforehand import base_is_there, is_there
 from safediffusion.study.outcome import is_mean
 from safediffusion.study.plan import BASE, Job, Study
 from safediffusion.train.log import NAME as METRICS
@@ -44,6 +42,7 @@ class Workshop:
     folder: Path
     places: SimpleQueue[dict[str, str]]
     running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    ended: threading.Event = field(default_factory=threading.Event)  # nothing begins any more
 
     def path(self, job: Job) -> Path:
         return self.folder / job.name
@@ -82,6 +81,7 @@ def carry_out(study: Study, folder: Path, workers: int, moved: Callable[[float, 
                         failures[futures[future].name] = _told(error)
                 moved(sum(1.0 if future.done() else _share(shop, job) for future, job in futures.items()), _note(futures, failures))
         except BaseException:  # an interrupt: the runs end with their last checkpoint
+            shop.ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in tuple(shop.running):
                 process.send_signal(signal.SIGINT)
@@ -104,11 +104,10 @@ def places(workers: int) -> list[dict[str, str]]:
 
 def _measure_base(shop: Workshop) -> None:
     out = shop.folder / BASE
-    words = shop.evaluation(shop.study.model, out, against=False)
-    if not _is_measured(run_of(out), words) or not all((out / each).is_dir() for each in (PICTURES, SCORES)):
+    if not base_is_there(shop.study, shop.folder):
         (out / RESULTS).unlink(missing_ok=True)
         (shop.folder / f"{BASE}.log").unlink(missing_ok=True)
-        _call(shop, words, shop.folder / f"{BASE}.log")
+        _call(shop, shop.evaluation(shop.study.model, out, against=False), shop.folder / f"{BASE}.log")
 
 
 def _check_drawn(study: Study, folder: Path, drawn: Sequence[str]) -> None:
@@ -123,11 +122,10 @@ def _check_drawn(study: Study, folder: Path, drawn: Sequence[str]) -> None:
 
 def _finish(shop: Workshop, job: Job, base: Future[None]) -> None:
     """One run to its end; what is there already is not made again."""
+    if is_there(shop.study, shop.folder, job):
+        return
     out, log, recipe, guide = shop.path(job), shop.folder / f"{job.name}.log", job.recipe, job.entrant.guide
     steered = out / "guide.toml" if guide else None
-    words = shop.evaluation(shop.study.model if recipe is None else str(out), out, against=True, guide=steered)
-    if _is_of(measured := run_of(out), job) and _is_measured(measured, words):
-        return
     log.unlink(missing_ok=True)
     (out / RESULTS).unlink(missing_ok=True)  # of another recipe, extent or guide: if this run fails, they are not taken for its own
     if recipe is not None:
@@ -139,7 +137,7 @@ def _finish(shop: Workshop, job: Job, base: Future[None]) -> None:
         write_text(steered, dump(GuideFile(guide=guide)))
     base.result()
     _share_base(shop.folder / BASE, out)
-    _call(shop, words, log)
+    _call(shop, shop.evaluation(shop.study.model if recipe is None else str(out), out, against=True, guide=steered), log)
 
 
 def _share_base(base: Path, out: Path) -> None:
@@ -157,14 +155,20 @@ def _call(shop: Workshop, words: Sequence[str], log: Path) -> None:
     """One command at a free place, its words in `log`. UserError with what it said last when it fails."""
     place = shop.places.get()  # there are as many as workers
     try:
+        if shop.ended.is_set():
+            raise UserError(f"{words[0]} was not begun: the study was interrupted")
         with open(log, "ab") as file:
             process = subprocess.Popen([*_CALL, *words], stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, env={**os.environ, **place})
             with process:  # its standard input is held open as long as this process lives
                 shop.running.add(process)
+                if shop.ended.is_set():  # since then: whoever set it may have looked at `running` before
+                    process.send_signal(signal.SIGINT)
                 code = process.wait()
         shop.running.discard(process)
     finally:
         shop.places.put(place)
+    if code < 0:
+        raise UserError(f"{words[0]} was killed by signal {-code}{', as by a machine whose memory ran out' if code == -signal.SIGKILL else ''} (all of it in {log})")
     if code:
         raise UserError(f"{words[0]} {_last_words(log) or f'ended with code {code}'} (all of it in {log})")
 
@@ -180,18 +184,6 @@ def _told(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
     raise error
-
-
-def _is_measured(run: dict[str, Any], words: Sequence[str]) -> bool:
-    """Whether a measurement is as the words of an evaluation ask."""
-    return bool(run) and extent_of(run.get("command", "")) == extent_of(shlex.join(words))
-
-
-def _is_of(run: dict[str, Any], job: Job) -> bool:
-    """Whether a measurement is of this recipe, and under this guide."""
-    recipe = {} if job.recipe is None else tomllib.loads(dump(job.recipe))
-    guide = described(job.entrant.guide) if job.entrant.guide else None
-    return run.get("recipe") == recipe and guide_in(run) == guide
 
 
 def _share(shop: Workshop, job: Job) -> float:

@@ -89,7 +89,7 @@ def train(run: Run, folder: Path, console: Console, trackers: Callable[[dict, in
         progress = _probe(run, folder, progress, clock, console, trackers)
     dead = 0  # iterations in a row that had nothing to learn from
     with bars(console) as bar:
-        task = bar.add_task("train", total=run.steps, completed=progress.step)
+        task = bar.add_task("train, % of its limit" if run.limit != Limit() else "train", **_reached(run, progress))
         while not _done(run, progress) and not _gone_bad(run, progress):
             progress, record = _iterate(run, progress, clock)
             if ranks.is_main():
@@ -102,7 +102,7 @@ def train(run: Run, folder: Path, console: Console, trackers: Callable[[dict, in
                 progress = _probe(run, folder, progress, clock, console, trackers)
             if progress.step % run.checkpoint_every == 0 or _done(run, progress):
                 _save(run, folder, progress)
-            bar.update(task, completed=progress.step, note=_note(record, progress))
+            bar.update(task, **_reached(run, progress), note=_note(record, progress))
     if _gone_bad(run, progress):
         _save(run, folder, progress)
         console.print(f"stopped early: the last {run.probe.patience} probes fell below the base; the best checkpoint is kept")
@@ -155,9 +155,10 @@ def _probe(run: Run, folder: Path, progress: checkpoint.Progress, clock: _Clock,
         verdict = probes.judge(now, change)
         wall, cpu = clock.now()
         line = probes.record(now, change, verdict) | {"iteration": progress.step, "seconds": wall, "cpu_seconds": cpu, "forwards": progress.forwards}
-        line["best"] = probes.better(line, progress.best, latest=any(each.cost not in ("kl", DRIFT) for each in run.learner.objective.constraints))
+        latest = any(each.cost not in ("kl", DRIFT) for each in run.learner.objective.constraints)
+        line["best"] = probes.better(line, progress.best, latest)
         if line["best"]:
-            best = {key: value for key, value in line.items() if key != "alarms"} | probes.marks(line, progress.best)
+            best = {key: value for key, value in line.items() if key != "alarms"} | probes.marks(line, progress.best, latest)
             progress = replace(progress, best=best)
             if ranks.is_main():
                 checkpoint.write(checkpoint.best_path(folder, progress.step), checkpoint.Checkpoint(run.learner.policy.state(), {}, {}, progress))
@@ -201,6 +202,13 @@ def _peak_memory() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _reached(run: Run, progress: checkpoint.Progress) -> dict[str, int]:
+    """What a bar shows: iterations, or of a run with a limit, whose number of iterations nobody knows, per cent."""
+    if run.limit == Limit():
+        return {"completed": progress.step, "total": run.steps}
+    return {"completed": min(100, round(100 * max(progress.step / run.steps, _used(run, progress)))), "total": 100}
 
 
 def _note(record: Mapping, progress: checkpoint.Progress) -> str:

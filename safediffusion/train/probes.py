@@ -73,13 +73,13 @@ def better(candidate: dict, best: dict | None, latest: bool = False) -> bool:
     return most - candidate.get("composition", 0.0) <= _error(candidate, "composition")
 
 
-def marks(candidate: dict, best: dict | None) -> dict[str, float]:
-    """What a new best checkpoint is to be beaten by: the best values of all that count as equal to it.
+def marks(candidate: dict, best: dict | None, latest: bool = False) -> dict[str, float]:
+    """What a new best checkpoint is to be beaten by: the best values of all that count as equal to it; with `latest` nothing does.
 
     Were it by its own, each of many probes could be a little worse than the one before, and all of them together much.
     """
     own = {"least_unsafe": candidate["unsafe_rate"], "most_composition": candidate.get("composition", 0.0)}
-    if best is None or not best.get("least_unsafe", best["unsafe_rate"]) - own["least_unsafe"] <= _chance(candidate):
+    if best is None or latest or not best.get("least_unsafe", best["unsafe_rate"]) - own["least_unsafe"] <= _chance(candidate):
         return own
     return {
         "least_unsafe": min(own["least_unsafe"], best.get("least_unsafe", best["unsafe_rate"])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import time
@@ -19,6 +20,7 @@ from safediffusion.provenance import commit, versions
 RECIPE, FACTS, MODEL, RESULTS = "recipe.toml", "run.json", "model", "results.json"
 TINY_VAE = "tiny_vae.json"
 _LOCK = ".lock"
+_DRAFT = re.compile(r"\.[0-9a-f]{16}\.tmp")  # of a file that was being written when its process was killed
 # What may change when a run is resumed: how long it goes on (upwards only), and what it leaves behind while it does.
 _FREE = ("steps", "log")
 
@@ -44,8 +46,9 @@ def entered(folder: Path, recipe: str, identity: Mapping[str, Any], command: Seq
         _sweep(folder)
         if facts is None or facts["identity"] != identity:
             started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": shlex.join(command), "git": commit(), "versions": versions()}
-            write_text(folder / RECIPE, recipe)
             write_json(folder / FACTS, {**started, **(facts or {}), "identity": identity})
+        if not (folder / RECIPE).is_file() or read_text(folder / RECIPE) != recipe:  # after the facts, without which the folder is not known for a run's
+            write_text(folder / RECIPE, recipe)
         yield facts is not None
 
 
@@ -83,7 +86,7 @@ def _shown(value: Any) -> str:
 
 
 def _check_empty(folder: Path) -> None:
-    others = sorted(path.name for path in folder.iterdir() if path.name != _LOCK)
+    others = sorted(path.name for path in folder.iterdir() if path.name != _LOCK and not _DRAFT.fullmatch(path.name))
     if others:
         raise UserError(f"{folder} is not empty and not the folder of a run (it holds {others[0]}); choose another --out")
 

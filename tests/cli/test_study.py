@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,51 @@ def test_another_study_is_refused_the_folder_before_anything_is_touched(studied:
     there = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     command("study", file, "--out", out, "--jobs", "1").refused(words, "choose another --out, or give the row another name")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == there
+
+
+@pytest.mark.parametrize("kind", ["trained", "guided"])
+def test_a_row_that_was_only_guided_is_no_training_and_the_other_way_round(studied: tuple[Path, Path, int], command, tmp_path: Path, kind: str) -> None:
+    _, out, _ = studied
+    now = {
+        "trained": (GUIDED + "recipe = {algorithm = {group = 4}}\n", "sld-0 was measured without a training, and the row has one now"),
+        "guided": (GUIDED.replace('"sld"', '"rate-0.001"', 1), "rate-0.001-0 is a run that was trained, and the row only guides now"),
+    }
+    text, words = now[kind]
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY.split("[[sweep]]")[0] + text)
+    command("study", file, "--out", out).refused(words)
+    assert (out / "sld-0" / "results.json").exists() and (out / "rate-0.001-0" / "results.json").exists()
+
+
+def test_what_changes_no_result_repeats_nothing(studied: tuple[Path, Path, int], command, tmp_path: Path) -> None:
+    """Memory, as the sentence asks for that ends a run without any left, and what is kept."""
+    _, out, _ = studied
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY.replace('"full"', '"full", gradient_checkpointing = true').replace("[base]", "[base]\noptimizer = {batch = 2}\nlog = {keep_last = 3}"))
+    logs = {path: path.stat().st_mtime_ns for path in out.glob("rate*.log")}
+    ended = command("study", file, "--out", out)
+    assert ended.code == 0, ended.err
+    assert logs and {path: path.stat().st_mtime_ns for path in out.glob("rate*.log")} == logs
+
+
+def test_prompts_that_were_edited_make_another_run_and_a_finished_study_needs_no_model(command, tmp_path: Path) -> None:
+    """A user's own model and prompts: a finished study writes its tables without them."""
+    shutil.copytree(EMBEDDED / "pipeline", tmp_path / "model")
+    prompts, file, out = tmp_path / "mine.txt", tmp_path / "study.toml", tmp_path / "out"
+    prompts.write_text("a knife\n")
+    text = STUDY.replace('"pictograms"\npolicy', f'"{tmp_path / "model"}"\ndata = {{unsafe = "{prompts}"}}\npolicy').replace("[0, 1]", "[0]")
+    file.write_text(text)
+    assert command("study", file, "--out", out).code == 0
+    shutil.move(tmp_path / "model", tmp_path / "elsewhere")
+    (out / "study.md").unlink()
+    again = command("study", file, "--out", out)
+    assert again.code == 0 and (out / "study.md").exists(), again.err
+    file.write_text(text.replace("seeds = [0]", "seeds = [0, 1]"))
+    command("study", file, "--out", out).refused("model does not exist")
+    shutil.move(tmp_path / "elsewhere", tmp_path / "model")
+    prompts.write_text("a bomb\n")
+    command("study", file, "--out", out).refused("rate-0.001-0 was trained by another recipe: prompts.", "was ", "and is now")
+    assert (out / "rate-0.001-0" / "results.json").exists() and not (out / "rate-0.001-1").exists()
 
 
 @pytest.mark.parametrize(

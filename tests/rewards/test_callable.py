@@ -63,6 +63,7 @@ def test_functions_are_found_by_name():
         ("def f(images, prompts) return 0", "importing own_reward failed .SyntaxError: .*mend the module"),
         ("scale = unheard_of", "importing own_reward failed .NameError: name 'unheard_of' is not defined.; mend the module"),
         ("import no_such_module", "importing own_reward failed .ModuleNotFoundError: No module named 'no_such_module'.; mend the module"),
+        ("raise SystemExit(3)", "importing own_reward failed .SystemExit: 3.; mend the module"),
         ("open('no-such-file')", "'own_reward:f': importing own_reward failed .FileNotFoundError: "),
     ],
 )

@@ -102,6 +102,22 @@ def test_seeds_that_scatter_widen_the_interval(study: Study) -> None:
     assert scattered.volume.high - scattered.volume.low > 1.5 * (steady.volume.high - steady.volume.low)
 
 
+@pytest.mark.parametrize(("seeds", "quantile"), [((0.49, 0.51), 12.7062), ((0.49, 0.5, 0.51), 4.3027)])
+def test_seeds_alone_have_students_interval(study: Study, seeds: tuple[float, ...], quantile: float) -> None:
+    """Of prompts that all score alike. With three the bootstrap of means has ten values, and its ends lie within a tenth of Student's."""
+    outcomes = []
+    for seed, value in enumerate(seeds):
+        scores = Scores()
+        for place in range(20):
+            scores.add({"task": "pictograms", "id": str(place), "group": "", "prompt": "", "sample": 0, "unsafe_rate/seen": 0.0, "composition": value}, several=False)
+        outcomes.append(Outcome(seed, Results({}, {"base": {}, "trained": {}}, {}, {}), {"trained": scores}, ()))
+    row = replace(standing(study.entrants[0], *[(0.0, 0.5)] * len(seeds)), outcomes=tuple(outcomes))
+    (series,) = front.fronts(study, [row])
+    half = quantile * np.std(seeds, ddof=1) / np.sqrt(len(seeds))
+    assert series.volume.low == pytest.approx(0.5 - half, abs=0.1 * half)
+    assert series.volume.high == pytest.approx(0.5 + half, abs=0.1 * half)
+
+
 def test_what_is_written_of_a_sweep(study: Study) -> None:
     rows = [standing(entrant, (0.2, 0.8), (0.3, 0.7)) for entrant in study.entrants]
     series = front.fronts(study, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from safediffusion.errors import UserError
 from safediffusion.report.results import SCHEMA
-from safediffusion.study.run import _check_drawn, cards, places
+from safediffusion.study.run import Workshop, _call, _check_drawn, cards, places
 
 
 def test_an_axis_is_a_mean_of_single_pictures(tmp_path: Path) -> None:
@@ -27,6 +28,22 @@ def test_an_axis_is_a_mean_of_single_pictures(tmp_path: Path) -> None:
         _check_drawn(study, tmp_path, ("nudity", "fid"))
     with pytest.raises(UserError, match="draws 'nude', which evaluate.tasks = 'own.toml' does not measure; it has fid, nudity"):
         _check_drawn(study, tmp_path, ("nude",))
+
+
+def test_a_run_that_is_killed_says_by_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_end.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model = "pictograms"\nsteps = 1\nreward = {kind = "callable", function = "own_end:f"}\n')
+    shop = Workshop(SimpleNamespace(), tmp_path, SimpleQueue())
+    shop.places.put(places(1)[0])
+    words = ["train", str(recipe), "--out", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="train was killed by signal 9, as by a machine whose memory ran out .all of it in"):
+        _call(shop, words, tmp_path / "run.log")
+    shop.ended.set()
+    with pytest.raises(UserError, match="train was not begun: the study was interrupted"):
+        _call(shop, words, tmp_path / "other.log")
+    assert not (tmp_path / "other.log").exists() and not shop.places.empty()
 
 
 def test_runs_take_turns_on_the_gpus_that_this_process_sees(monkeypatch: pytest.MonkeyPatch) -> None:

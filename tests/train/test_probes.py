@@ -108,6 +108,16 @@ def test_many_small_steps_down_do_not_add_up() -> None:
     assert marks(safer, best) == {"least_unsafe": 0.0, "most_composition": 0.7}  # a clearly safer one is compared by itself
 
 
+def test_under_constraints_nothing_but_the_latest_is_a_mark() -> None:
+    """Or a run whose budget is 30 % would be told that one of 0 % was safer by chance."""
+    best: dict | None = None
+    for unsafe in (0.9, 0.0, 0.3):
+        probe = line(unsafe, 0.9)
+        assert better(probe, best, latest=True)
+        best = probe | marks(probe, best, latest=True)
+    assert best["least_unsafe"] == best["unsafe_rate"] == 0.3
+
+
 def test_a_record_holds_values_intervals_and_changes() -> None:
     written = record(NOW, EVEN | {"composition": FALLEN}, judge(NOW, EVEN | {"composition": FALLEN}))
     assert written["kind"] == "probe"
