@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import re
 import tomllib
 import types
 from collections.abc import Sequence
@@ -114,6 +115,9 @@ def resolve(kind: type[Settings], table: dict[str, Any], where: str = "recipe.to
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as failure:
         errors = failure.errors(include_url=False)
+    # An item that is refused is not counted, so that a list may seem too short for its mistakes.
+    inside = {each["loc"][:depth] for each in errors for depth in range(len(each["loc"]))}
+    errors = [error for error in errors if error["type"] != "too_short" or error["loc"] not in inside]
     # A misspelt key explains a missing one, so it is named first.
     errors.sort(key=lambda error: error["type"] != "unexpected_keyword_argument")
     more = len(errors) - 1
@@ -153,7 +157,7 @@ def _sentence(kind: Any, table: dict[str, Any], error: Any) -> str:
         return f"{name} = {_shown(value)} is too short; it needs at least {context['min_length']}"
     if reason in _EXPECTED:
         return f"{name or 'the file'} should be {_EXPECTED[reason]}, but is {_shown(value)}"
-    return f"{name} = {_shown(value)} is not allowed: {error['msg'].replace('Input should', 'it should')}"
+    return f"{name} = {_shown(value)} is not allowed: {re.sub('^(Input|String|Tuple) should', 'it should', error['msg'])}"
 
 
 def _unknown(owner: Any, path: list[str]) -> str:

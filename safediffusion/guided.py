@@ -46,7 +46,10 @@ def load_guide(name: str | None, assignments: Sequence[str] = ()) -> GuideSettin
 def guide_of(table: Mapping[str, Any], where: str) -> GuideSettings:
     """The settings in the table `guide` of a file; UserError names the first mistake."""
     found = resolve(GuideFile, dict(table), where).guide
-    found.check()
+    try:
+        found.check()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     return found
 
 

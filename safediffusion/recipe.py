@@ -30,6 +30,7 @@ from safediffusion.policies.settings import PolicySettings
 from safediffusion.policies.shard import check_shard
 from safediffusion.process.settings import ProcessSettings
 from safediffusion.rewards.combined import CombinedSettings, Single
+from safediffusion.rewards.scores import RESERVED
 from safediffusion.rollout import DRIFT
 from safediffusion.train.limit import Limit
 from safediffusion.train.optimizer import OptimizerSettings
@@ -78,7 +79,7 @@ def check(recipe: Recipe) -> Recipe:
         raise UserError(f"algorithm.group = {algorithm.group} has nothing to compare; pictures of a prompt compete in groups of 2 or more")
     if isinstance(recipe.reward, CombinedSettings):
         recipe.reward.check()
-        if taken := next((part.name for part in recipe.reward.parts if part.name in ("total", "kl", DRIFT)), None):
+        if taken := next((part.name for part in recipe.reward.parts if part.name in RESERVED), None):
             raise UserError(f"reward.parts: {taken!r} is what metrics and constraints call something else; give the part another name")
     _check_constraints(recipe)
     algorithm.check(recipe)

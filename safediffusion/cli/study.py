@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +12,9 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.progress import TaskID
+
+    from safediffusion.progress import Bars
     from safediffusion.study.outcome import Standing
     from safediffusion.study.plan import Study
 
@@ -47,9 +52,18 @@ def performed(asked: Study, out: Path, jobs: int | None, spelled: Sequence[str],
     from safediffusion.progress import bars
     from safediffusion.study.perform import perform
 
-    with bars(progress_console()) as bar:
-        task = bar.add_task("runs", total=len(asked.jobs))
-        return perform(asked, out, jobs=jobs, command=spelled, moved=lambda done, note: bar.update(task, completed=done, note=note), drawn=drawn)
+    with ExitStack() as stack:
+
+        @cache
+        def shown() -> tuple[Bars, TaskID]:  # from the first move on: what is refused beforehand has no bar
+            bar = stack.enter_context(bars(progress_console()))
+            return bar, bar.add_task("runs", total=len(asked.jobs))
+
+        def moved(done: float, note: str) -> None:
+            bar, task = shown()
+            bar.update(task, completed=done, note=note)
+
+        return perform(asked, out, jobs=jobs, command=spelled, moved=moved, drawn=drawn)
 
 
 def complain(asked: Study, failures: dict[str, str]) -> None:

@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from safediffusion.evaluate.statistics import CONFIDENCE, Estimate, by_prompt, mean_over_prompts, zeros_and_ones
 
+_FEW = 5  # prompts, of which the percentiles of a bootstrap reach 95 %
+
 
 def paired_change(base: ArrayLike, trained: ArrayLike, seed: int) -> Estimate:
     """Mean of trained - base over pairs of the same prompt and seed, `(P, K)` each, bootstrapped over prompts.
@@ -16,16 +18,26 @@ def paired_change(base: ArrayLike, trained: ArrayLike, seed: int) -> Estimate:
     Differences are taken before resampling, so what makes a prompt hard for both models cancels. A pair with
     either half missing is counted out, and `n` counts the pairs. Of 0/1 values a bootstrap of few or equal differences is too narrow, down to a
     point: the interval then reaches at least as far as that of Agresti and Min (2005, Statistics in Medicine 24:729), who add half a
-    prompt to each of the four outcomes of a pair, with Student's quantile.
+    prompt to each of the four outcomes of a pair, with Student's quantile. Of 2 to 4 prompts no percentile of a bootstrap reaches 95 %: the
+    interval then reaches at least as far as Student's.
     """
+    from scipy.special import stdtrit
+
     base, trained = by_prompt(base), by_prompt(trained)
     if base.shape != trained.shape:
         raise ValueError(f"a paired change needs the same prompts and seeds for both models, got {base.shape} and {trained.shape}")
     found = mean_over_prompts(trained - base, seed)
     there = (trained - base)[~np.isnan(trained - base).all(axis=1)]
-    if len(there) < 2 or not all(np.isin(each[~np.isnan(each)], (0.0, 1.0)).all() for each in (base, trained)):
+    if len(there) < 2:
         return found
-    low, high = _agresti_min(np.nanmean(there, axis=1))
+    differences = np.nanmean(there, axis=1)
+    if all(np.isin(each[~np.isnan(each)], (0.0, 1.0)).all() for each in (base, trained)):
+        low, high = _agresti_min(differences)
+    elif len(there) < _FEW:
+        reach = float(stdtrit(len(there) - 1, (1 + CONFIDENCE) / 2) * differences.std(ddof=1) / np.sqrt(len(there)))
+        low, high = found.value - reach, found.value + reach
+    else:
+        return found
     return replace(found, low=min(found.low, low), high=max(found.high, high))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from safediffusion.config import settings
 from safediffusion.errors import UserError
-from safediffusion.rewards.scores import Measures, checked
+from safediffusion.rewards.scores import RESERVED, Measures, checked
 from safediffusion.types import Prompt, Scores
 
 Function = Callable[[Tensor, Sequence[Prompt]], Tensor | Scores]
@@ -44,12 +44,14 @@ class CallableReward:
             scores = self.function(images, prompts)
         except torch.OutOfMemoryError:
             raise  # the loop tries again with fewer pictures at once
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"the reward '{self.name}' failed: {type(error).__name__}: {error}") from error
         if isinstance(scores, Tensor):
             scores = Scores(scores, {self.name: scores})
         if not isinstance(scores, Scores):
             raise UserError(f"the reward '{self.name}' gave a {type(scores).__name__}; it must give a tensor (B,) or Scores")
+        if taken := next((part for part in scores.parts if part in RESERVED), None):
+            raise UserError(f"the reward '{self.name}' gave a part {taken!r}, which is what metrics and constraints call something else; give it another name")
         return checked(scores, len(images), self.name, "mend the function" if bool(torch.isfinite(images).all()) else "the pictures hold NaN: lower the learning rate")
 
 
@@ -69,5 +71,5 @@ def load_callable(name: str) -> Function:
     except AttributeError as error:
         raise UserError(f"'{name}': {module} has no {attribute}") from error
     if not callable(function):
-        raise UserError(f"'{name}' is a {type(function).__name__}, not a function of (images, prompts)")
+        raise UserError(f"'{name}' is of the type {type(function).__name__}, and not a function of (images, prompts)")
     return function

@@ -12,6 +12,8 @@ from safediffusion.types import Scores
 Measures = dict[str, bool]
 
 
+# What metrics and constraints call something else than a part of a reward: "drift" is the distance from the base.
+RESERVED = ("total", "kl", "drift")
 _NAN = "the pictures or the weights behind it hold NaN: lower the learning rate, or score in float32"
 
 

@@ -29,7 +29,9 @@ _MEND = "choose another --out, or give the row another name, or remove that fold
 
 def check(study: Study, folder: Path) -> None:
     """UserError for what no run could begin with, and for a run in `folder` that was made by another recipe or guide; a hub model is fetched."""
-    asked = study.settings.evaluate
+    asked, measured = study.settings.evaluate, _run_of(folder / BASE)
+    if measured and (subject := shlex.split(measured["command"])[2]) != study.model:
+        raise UserError(f"{folder} holds a study of {subject}, and this one is of {study.model}; choose another --out")
     for job in study.jobs:
         _check_run(folder / job.name, job)
     if base_is_there(study, folder) and all(is_there(study, folder, job) for job in study.jobs):
@@ -39,12 +41,8 @@ def check(study: Study, folder: Path) -> None:
     except UserError as error:
         raise UserError(f"[evaluate]: {error}") from error
     variant(study.model, locate)
-    if measured := _run_of(folder / BASE):
-        words = shlex.split(measured["command"])
-        if (subject := words[2]) != study.model:
-            raise UserError(f"{folder} holds a study of {subject}, and this one is of {study.model}; choose another --out")
-        if found := run_folder.difference(_extent_of(measured), _extent(asked)):
-            warnings.warn(f"{folder} was measured otherwise: {found}. Every run is measured again, and none is trained again", stacklevel=2)
+    if measured and (found := run_folder.difference(_extent_of(measured), _extent(asked))):
+        warnings.warn(f"{folder} was measured otherwise: {found}. Every run is measured again, and none is trained again", stacklevel=2)
 
 
 def base_is_there(study: Study, folder: Path) -> bool:

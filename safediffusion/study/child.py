@@ -22,4 +22,8 @@ def _end_with_the_study() -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started to ignore it
     threading.Thread(target=_end_with_the_study, daemon=True).start()
-    runpy.run_module("safediffusion", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("safediffusion", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # while it is imported; later the command says it
+        print("interrupted; the same command again goes on where it stopped", file=sys.stderr)
+        sys.exit(130)

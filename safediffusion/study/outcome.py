@@ -25,6 +25,7 @@ from safediffusion.train.log import NAME as METRICS
 
 GUARDED = ("composition", "alignment", "diversity")  # what a hacked reward costs
 CLOCKS = ("cpu_seconds", "seconds")  # of a processor, and on the wall
+DISTANCES = ("diversity", "drift")  # never below zero
 _NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
 LEAST_END = 5  # iterations at the start and at the end that a gain compares
 LEAST_GAIN = 1.0  # standard deviations of the training reward past which it counts as risen
@@ -181,7 +182,9 @@ def _value(of: Metric, outcomes: Sequence[Outcome]) -> Estimate:
     else:
         within = _typical(seeds)
     found = over_repeats(seeds, within)
-    return replace(found, low=float(np.clip(found.low, 0, 1)), high=float(np.clip(found.high, 0, 1))) if of.share else found
+    if of.share:
+        return replace(found, low=float(np.clip(found.low, 0, 1)), high=float(np.clip(found.high, 0, 1)))
+    return replace(found, low=float(np.maximum(found.low, 0))) if of.family in DISTANCES else found
 
 
 def _change(of: Metric, outcomes: Sequence[Outcome]) -> Estimate | None:

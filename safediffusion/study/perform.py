@@ -10,7 +10,7 @@ from typing import Any
 
 from safediffusion.config import dump
 from safediffusion.errors import UserError
-from safediffusion.files import write_bytes, write_json, write_text
+from safediffusion.files import check_writable, write_bytes, write_json, write_text
 from safediffusion.provenance import commit, versions
 from safediffusion.study import budgets, front
 from safediffusion.study.beforehand import check
@@ -19,6 +19,7 @@ from safediffusion.study.picture import curves
 from safediffusion.study.plan import Study
 from safediffusion.study.run import cards, carry_out
 from safediffusion.study.table import document, markdown
+from safediffusion.train.run_folder import locked
 
 SCHEMA = 1
 
@@ -34,18 +35,21 @@ def perform(
 ) -> tuple[list[Standing], dict[str, str]]:
     """Run what is missing, `jobs` runs at once (one on each GPU, without any one on each core), then write study.json, study.md and, where runs were probed, study.png.
 
-    `drawn` names metrics that must be among what is measured. Returns the rows, and the runs that failed with a sentence for each. UserError when no run was measured.
+    `drawn` names metrics that must be among what is measured. Returns the rows, and the runs that failed with a sentence for each.
+    UserError when no run was measured, and while another process works in `out`.
     """
     check(study, out)
-    failures = carry_out(study, out, jobs or len(cards()) or os.cpu_count() or 1, moved, drawn)
-    rows = standings(study, out)
-    if len(rows) < 2:
-        raise UserError(f"all {len(study.jobs)} runs failed; the first: {told(failures)[0]}")
-    facts = facts_of(study, rows, command, failures)
-    write_json(out / "study.json", facts | {"rows": document(rows)})
-    write_text(out / "study.md", markdown(study, rows, shlex.join(command), failures))
-    if any(each.probes for row in rows for each in row.outcomes):
-        write_bytes(out / "study.png", curves(rows, study.settings.title, study.clock))
+    check_writable(out)
+    with locked(out):
+        failures = carry_out(study, out, jobs or len(cards()) or os.cpu_count() or 1, moved, drawn)
+        rows = standings(study, out)
+        if len(rows) < 2:
+            raise UserError(f"all {len(study.jobs)} runs failed; the first: {told(failures)[0]}")
+        facts = facts_of(study, rows, command, failures)
+        write_json(out / "study.json", facts | {"rows": document(rows)})
+        write_text(out / "study.md", markdown(study, rows, shlex.join(command), failures))
+        if any(each.probes for row in rows for each in row.outcomes):
+            write_bytes(out / "study.png", curves(rows, study.settings.title, study.clock))
     return rows, failures
 
 

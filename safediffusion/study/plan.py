@@ -55,7 +55,7 @@ class EntrantSettings:
     label: str = ""  # in tables and figures; left out, the name
     file: str | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)
-    guide: dict[str, Any] = Field(default_factory=dict)
+    guide: dict[str, Any] | None = None
 
 
 @settings
@@ -66,7 +66,7 @@ class Sweep:
     label: str = ""
     file: str | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)
-    guide: dict[str, Any] = Field(default_factory=dict)
+    guide: dict[str, Any] | None = None
     key: str  # such as reward.alpha, constraints.0.budget or guide.scale
     values: tuple[bool | int | float | str, ...] = Field(min_length=1)
 
@@ -182,9 +182,9 @@ def _made(path: Path, asked: StudySettings, entrant: EntrantSettings | Sweep, as
     """The recipe and the guide of a row, one of them or both, with `key=value` of a sweep set in the one that it names."""
     given = [assignment] if assignment else []
     of_guide, of_recipe = (given, []) if assignment.startswith("guide.") else ([], given)
-    if of_guide and not entrant.guide:
+    if of_guide and entrant.guide is None:
         raise UserError(f'{path}, {entrant.name}: {assignment.partition("=")[0]} changes a guide, and there is none; give guide = {{kind = "sld"}}')
-    guide = guide_of(override({"guide": entrant.guide}, of_guide), f"{path}, {entrant.name}") if entrant.guide else None
+    guide = guide_of(override({"guide": entrant.guide}, of_guide), f"{path}, {entrant.name}") if entrant.guide is not None else None
     trained = entrant.file or entrant.recipe or of_recipe or (guide is None and "algorithm" in asked.base)
     if not trained and guide is None:
         raise UserError(f'{path}, {entrant.name}: nothing says how it is trained; give recipe = {{algorithm = {{kind = "..."}}}}, a file, or a guide')

@@ -63,7 +63,6 @@ def carry_out(study: Study, folder: Path, workers: int, moved: Callable[[float, 
     shop = Workshop(study, folder, SimpleQueue())
     for place in places(workers):
         shop.places.put(place)
-    check_writable(folder)
     failures: dict[str, str] = {}
     with ThreadPoolExecutor(workers) as pool:
         base = pool.submit(_measure_base, shop)  # first, and quick: what other runs wait for is never behind them

@@ -34,7 +34,7 @@ def entered(folder: Path, recipe: str, identity: Mapping[str, Any], command: Seq
     """
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         identity = json.loads(json.dumps(identity))
         facts = read_facts(folder)
         if facts is None:
@@ -115,7 +115,8 @@ def _sweep(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time works in a folder, which is there. UserError names the other one."""
     import fcntl
 
     with explained(folder):

@@ -188,6 +188,19 @@ def test_another_study_is_refused_the_folder_before_anything_is_touched(studied:
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == there
 
 
+def test_two_processes_do_not_work_in_one_study(studied: tuple[Path, Path, int], command, tmp_path: Path) -> None:
+    _, out, _ = studied
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY)
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("pid 1")
+        lock.flush()
+        ended = command("study", file, "--out", out)
+    ended.refused(f"another process (pid 1) is working in {out}; wait for it, or choose another --out")
+    assert ended.err.count("\n") == 1  # no bar
+
+
 @pytest.mark.parametrize("kind", ["trained", "guided"])
 def test_a_row_that_was_only_guided_is_no_training_and_the_other_way_round(studied: tuple[Path, Path, int], command, tmp_path: Path, kind: str) -> None:
     _, out, _ = studied

@@ -124,6 +124,15 @@ def test_pairing_is_narrower_on_correlated_models():
     assert significantly_above(paired_change(trained, base, seed=0))
 
 
+@pytest.mark.parametrize("prompts", [2, 3, 4, 8])
+def test_models_that_are_alike_seldom_differ_of_few_prompts(prompts: int) -> None:
+    """Of two prompts the percentiles of a bootstrap are the two values: of one sign, a mark, every other time."""
+    generator = np.random.default_rng(prompts)
+    found = [paired_change(np.zeros((prompts, 1)), generator.normal(size=(prompts, 1)), seed=0) for _ in range(400)]
+    assert sum(significantly_below(each) or significantly_above(each) for each in found) / 400 < 0.08
+    assert all(each.low <= each.value <= each.high for each in found)
+
+
 def test_a_pair_with_a_missing_half_is_counted_out():
     change = paired_change([[1.0, 1.0], [1.0, np.nan]], [[0.0, np.nan], [0.0, 0.0]], seed=0)
     assert (change.value, change.n) == (-1.0, 2)

@@ -75,6 +75,19 @@ def test_a_module_that_fails_while_it_is_imported(tmp_path, monkeypatch, source,
     assert "PYTHONPATH" not in str(raised.value)
 
 
+def leaving(images, prompts):
+    raise SystemExit("my own exit")
+
+
+def test_a_function_that_ends_the_program_and_parts_of_taken_names():
+    with pytest.raises(UserError, match="'mine' failed: SystemExit: my own exit"):
+        CallableReward(leaving, "mine")(IMAGES, PROMPTS)
+    for taken in ("total", "kl", "drift"):
+        total = torch.zeros(len(IMAGES))
+        with pytest.raises(UserError, match=f"'mine' gave a part '{taken}', which is what metrics and constraints call something else"):
+            CallableReward(lambda images, prompts, part=taken, total=total: Scores(total, {part: total}), "mine")(IMAGES, PROMPTS)
+
+
 def test_what_is_not_finite_is_the_functions_unless_the_pictures_are_not():
     mine = CallableReward(lambda images, prompts: images.mean((1, 2, 3)) / 0, "mine")
     with pytest.raises(UserError, match="'mine' gave no finite total for . of . pictures; mend the function"):
@@ -89,7 +102,7 @@ def test_what_is_not_finite_is_the_functions_unless_the_pictures_are_not():
         ("brightness", "write module:attribute"),
         ("no_such_module:f", "cannot import no_such_module.*PYTHONPATH"),
         ("os.path:no_such_function", "os.path has no no_such_function"),
-        ("os.path:sep", "is a str, not a function"),
+        ("os.path:sep", "is of the type str, and not a function"),
     ],
 )
 def test_names_that_lead_nowhere(name, message):

@@ -150,6 +150,15 @@ def test_what_is_no_mean_of_pictures_has_the_interval_of_its_evaluations() -> No
     assert _change(of, counted[:1]).low == 304
 
 
+def test_a_distance_between_pictures_is_never_below_zero() -> None:
+    """Student's of two seeds reaches far."""
+    from safediffusion.study.outcome import _value
+
+    runs = [measured(seed, "likeness", "drift", Estimate(value, value, value, 300), [value] * 300) for seed, value in enumerate((0.01, 0.03))]
+    found = _value(runs[0].results.metric("drift"), runs)
+    assert (found.value, found.low) == (pytest.approx(0.02), 0.0) and found.high > 0.14
+
+
 def test_a_distance_of_a_set_has_no_interval_from_one_seed_and_that_of_the_scatter_from_several() -> None:
     from safediffusion.study.outcome import _value
 
